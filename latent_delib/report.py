@@ -6,9 +6,9 @@
 Reads every perplexity.json, benchmarks.json and metrics.jsonl below the folders, packed ones
 (docs/results) too. Writes to --out, a local folder or gs://BUCKET/PATH: report.md, all tables and
 figures on one page; each table as .md and .csv; each figure as .png. --against adds a table of all
-runs compared with one of them, document by document. --look adds what the latents of a checkpoint
-attend to, what attends to them, and the words nearest to them. The same runs give the same files,
-byte for byte.
+runs compared with one of them, work by work. --look adds what the latents of a checkpoint attend
+to, what attends to them, and the words nearest to them. The same runs give the same files, byte for
+byte.
 """
 
 import os

@@ -6,6 +6,7 @@ import json
 import re
 import runpy
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -608,7 +609,7 @@ def test_runs_of_different_text_or_size_are_no_line(tmp_path):
 
 
 def test_runs_against_one_of_them(tmp_path, capsys):
-    """Paired over documents: a difference that is the same in each has no width."""
+    """Paired over works: a difference that is the same in each has no width."""
     draw = np.random.default_rng(0)
     tokens = draw.integers(5, 50, (6, 4))
     decoder, before = tokens * draw.normal(4, 1, (6, 1)), tokens * draw.normal(4, 1, (6, 1))
@@ -624,13 +625,15 @@ def test_runs_against_one_of_them(tmp_path, capsys):
     changed = {"other decoder": 2.0, "worse": 1 + 3e-5}
     for name, (counts, augmented) in sums.items():
         perplexity(tmp_path / name, -1.0, config())
+        path = tmp_path / name / "perplexity.json"
+        write(path, json.loads(path.read_text()) | {"interval_over": "works"})
         np.savez(
             tmp_path / name / "documents.npz",
+            source=np.zeros(6, int),
+            work=np.repeat([0, 1], [4, 2]),
             tokens=counts,
             decoder=decoder[:, : counts.shape[1]] * changed.get(name, 1.0),
             augmented=augmented,
-            # an older file does not say
-            **({"work": np.repeat([0, 1], [4, 2])} if name == "opposite" else {}),
         )
     perplexity(tmp_path / "without", -1.0, config())
     table = against.compare(runs.find([str(tmp_path)]), str(tmp_path / "base"))
@@ -639,8 +642,7 @@ def test_runs_against_one_of_them(tmp_path, capsys):
     assert mixed.low == pytest.approx(100 * np.expm1(-0.1)) and mixed.high == pytest.approx(
         100 * np.expm1(0.3)
     )
-    assert ", of perplexity over documents, whose works were not kept (P1 " in table.note
-    assert f"; over works ({opposite[2]})." in table.note
+    assert ", of perplexity over works." in table.note
     assert [str(cell) for cell in same[3:]] == ["+0.00% [+0.00, +0.00]"] * 3 + [""] * 3
     assert [str(cell) for cell in worse[3:]] == ["+10.52% [+10.52, +10.52]"] * 3 + [""] * 3
     assert [str(cell) for cell in near[3:]] == ["+10.52% [+10.52, +10.52]"] * 2 + [""] * 4
@@ -656,9 +658,27 @@ def test_runs_against_one_of_them(tmp_path, capsys):
     )
     capsys.readouterr()
     again = against.compare(runs.find([str(pack)]), str(pack / "base"))
-    assert [row[3:] for row in again.rows] == [row[3:] for row in table.rows]
+    assert [list(map(str, row[3:])) for row in again.rows] == [
+        list(map(str, row[3:])) for row in table.rows
+    ]
+    with zipfile.ZipFile(pack / "opposite.zip") as archive:
+        packed_sums = np.load(io.BytesIO(archive.read("opposite/documents.npz")))
+    assert len(packed_sums["tokens"]) == 2, "a pack has the sums of each work"
     with pytest.raises(ld.UserError, match="without: holds no documents.npz"):
         against.compare(runs.find([str(tmp_path)]), str(tmp_path / "without"))
+
+
+def test_an_older_run_without_works_is_paired_over_documents(tmp_path):
+    sums = {"tokens": np.ones((4, 1)), "decoder": np.ones((4, 1)), "augmented": np.ones((4, 1))}
+    works = {"source": np.zeros(4, int), "work": np.repeat([0, 1], 2)}
+    for name, arrays in (("base", sums | works), ("older", sums)):
+        perplexity(tmp_path / name, -1.0, config())
+        np.savez(tmp_path / name / "documents.npz", **arrays)
+    found = runs.find([str(tmp_path)])
+    pair = against.pair_of(sums | works, found.perplexity[1])
+    assert pair.source is None and pair.work.tolist() == [0, 1, 2, 3]
+    table = against.compare(found, str(tmp_path / "base"))
+    assert "over documents, whose works were not kept" in table.note and len(table.rows) == 2
 
 
 def test_published_figures_agree_with_each_other():

@@ -3,9 +3,9 @@
   python -m tools.pack_results WORKDIR [WORKDIR ...] --out=docs/results/lab
 
 Takes what `train`, `evaluate` and `benchmark` wrote below each workdir: perplexity.json,
-benchmarks.json, metrics.jsonl and documents.npz. Writes it as OUT/NAME.zip, where NAME is that of
-the workdir. `report` makes the same tables from the packs as from the workdirs. The same files give
-the same pack, byte for byte.
+benchmarks.json, metrics.jsonl and documents.npz, of which a pack keeps the sums of each work.
+Writes it as OUT/NAME.zip, where NAME is that of the workdir. `report` makes the same tables from
+the packs as from the workdirs. The same files give the same pack, byte for byte.
 """
 
 import io
@@ -17,7 +17,8 @@ from typing import Any
 from latent_delib.errors import UserError
 from latent_delib.machine import commands, files
 from latent_delib.machine.command_line import FOLDERS, REQUIRED
-from latent_delib.results.packed import METRICS, PACK, RESULTS, files_below
+from latent_delib.measure import perplexity
+from latent_delib.results.packed import DOCUMENTS, METRICS, PACK, RESULTS, File, files_below
 
 
 def main(flags: Any) -> None:
@@ -29,7 +30,7 @@ def main(flags: Any) -> None:
                 f"two of the workdirs are called {workdir.name!r}; pack them into two folders"
             )
         contents = {
-            file.path.relative_to(workdir.parent).as_posix(): file.read_bytes()
+            file.path.relative_to(workdir.parent).as_posix(): kept(file)
             for file in files_below(workdir)
         }
         if not contents:
@@ -41,6 +42,16 @@ def main(flags: Any) -> None:
         pack = Path(flags.out) / (name + PACK)
         files.write(pack, archive(contents))
         print(f"wrote {pack}: {len(contents)} files")
+
+
+def kept(file: File) -> bytes:
+    """Returns what a pack keeps of a file: all, but of documents.npz the sums of each work."""
+    if file.path.name != DOCUMENTS:
+        return file.read_bytes()
+    arrays = file.read()
+    if "work" in arrays:  # older files have none
+        arrays = perplexity.sum_works(arrays)
+    return perplexity.to_npz(arrays)
 
 
 def archive(contents: Mapping[str, bytes]) -> bytes:

@@ -12,7 +12,7 @@ Write a table with its first column, and run this. A comment above the table nam
   <!-- table: methods=1 -->                   each experiment on text (`lab`) and questions (`hops`)
 
 The words in the first column say which evaluation a row is: `NAME@SEED`, @0 where none is given,
-and one of PHRASES. "against `NAME`" and "against its own" name another base, document by document.
+and one of PHRASES. "against `NAME`" and "against its own" name another base, work by work.
 A row that begins with "the same" is of the validation source of the row before. In a table of
 accuracy, "without latents" is the plain decoder, and "stage K" a stage of Coconut's curriculum.
 
@@ -193,10 +193,9 @@ def find(run: Path, evaluation: str) -> runs.Result:
 
 
 def paired(ours: runs.Result, base: Path, source: str) -> list[dict]:
-    """Compares two evaluations at each n, document by document, on one source or on all."""
-    arrays = READ[base / packed.DOCUMENTS]()
-    pair = against.pair_of(arrays, ours)
-    chosen = arrays["source"] == int(source) if source else slice(None)
+    """Compares two evaluations at each n, work by work, on one source or on all."""
+    pair = against.pair_of(READ[base / packed.DOCUMENTS](), ours)
+    chosen = pair.source == int(source) if source else slice(None)
     sums = perplexity.Sums(*(x[chosen] for x in pair.sums))
     return perplexity.table({"nll": sums}, pair.work[chosen], seed=0)
 

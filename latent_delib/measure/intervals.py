@@ -41,7 +41,8 @@ def interval(tokens: np.ndarray, change: np.ndarray, work: np.ndarray, seed: int
     Returns:
       float64 [2, A]. NaN for an n at which fewer than two units (`unit`) have a token.
     """
-    change, tokens = _sum_units(change, work), _sum_units(tokens, work)
+    if unit(work) == "works":
+        change, tokens = sum_units(change, work), sum_units(tokens, work)
     found = np.full((2, tokens.shape[1]), np.nan)
     known = np.count_nonzero(tokens, axis=0) > 1
     if known.any():
@@ -60,12 +61,14 @@ def interval(tokens: np.ndarray, change: np.ndarray, work: np.ndarray, seed: int
     return found
 
 
-def _sum_units(values: np.ndarray, work: np.ndarray) -> np.ndarray:
-    """Sums [documents, A] over each unit that a resample draws: [units, A], see `unit`."""
-    works, index = np.unique(work, return_inverse=True)
-    if len(works) == 1:
-        return values
-    sums = np.zeros((len(works), values.shape[1]), values.dtype)
+def sum_units(values: np.ndarray, unit: np.ndarray) -> np.ndarray:
+    """Sums [documents, A] over the documents of each unit: [units, A], by rising number.
+
+    Args:
+      unit: int [documents], the number of each document's unit.
+    """
+    units, index = np.unique(unit, return_inverse=True)
+    sums = np.zeros((len(units), values.shape[1]), values.dtype)
     np.add.at(sums, index, values)
     return sums
 

@@ -102,7 +102,26 @@ def write_documents(file: epath.Path, text: ValidationText, sums: SumsByTerm) ->
     """Writes documents.npz: the sums of each document, its source and its work."""
     about = {"source": text.source, "sources": np.array(text.sources)}
     about |= {"work": text.work, "works": np.array(text.works)}
-    _write_npz(file, about | _arrays(sums))
+    files.write(file, to_npz(about | _arrays(sums)))
+
+
+def sum_works(documents: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the arrays of documents.npz with one row per work, for intervals draw whole works.
+
+    The documents of a source with a single work stay apart: its intervals draw them.
+    """
+    source, work = documents["source"], documents["work"]
+    unit = work.copy()
+    for number in np.unique(source):
+        here = np.flatnonzero(source == number)
+        if len(np.unique(work[here])) == 1:
+            unit[here] = here - len(work)  # below zero, where no work is
+    first = np.unique(unit, return_index=True)[1]
+    summed = dict(documents) | {"source": source[first], "work": work[first]}
+    for name, values in documents.items():
+        if values.ndim == 2:
+            summed[name] = intervals.sum_units(values, unit)
+    return summed
 
 
 class PartialSums:
@@ -117,7 +136,8 @@ class PartialSums:
 
     def save(self, sums: SumsByTerm, done: int) -> None:
         """Saves the sums of `done` pieces; called on process 0 alone."""
-        _write_npz(self.file, {"identity": self.identity, "done": done} | _arrays(sums))
+        about = {"identity": self.identity, "done": done}
+        files.write(self.file, to_npz(about | _arrays(sums)))
 
     def restore(self, zeros: SumsByTerm) -> tuple[SumsByTerm, int]:
         """Returns the saved sums, and the number of their pieces, the same on every process.
@@ -169,10 +189,11 @@ def _sums(arrays: Mapping[str, np.ndarray], like: SumsByTerm) -> SumsByTerm:
     return sums
 
 
-def _write_npz(file: epath.Path, arrays: Mapping[str, Any]) -> None:
+def to_npz(arrays: Mapping[str, Any]) -> bytes:
+    """Returns the content of a .npz file of arrays by name."""
     content = io.BytesIO()
     np.savez(content, **arrays)
-    files.write(file, content.getvalue())
+    return content.getvalue()
 
 
 # Tables, as perplexity.json holds them.

@@ -255,19 +255,12 @@ def first_cells(entry: Entry, words: str) -> Row:
 
 
 def make_table(
-    name: str,
-    title: str,
-    columns: list[str],
-    rows: Sequence[Row],
-    results: Iterable[Result],
-    over: Mapping[str, str | None] | None = None,
+    name: str, title: str, columns: list[str], rows: Sequence[Row], results: Iterable[Result]
 ) -> Table:
     """Makes a table of rows, with its note, and where the figures of `results` come from.
 
     Args:
       rows: cells by column; a missing cell is blank.
-      over: key of a result -> the units that its intervals draw, a key of INTERVALS. None: as the
-        files record them.
     """
     in_order = sorted(results, key=lambda result: (result.path.name, int(result.key[1:])))
     used = {result.key: result for result in in_order}
@@ -278,23 +271,22 @@ def make_table(
         cells.append([row.get(column, "") for column in columns])
     if not used:
         return Table(name, title, columns, cells, "", [])
-    if over is None:
-        of_perplexity = [result for result in used.values() if result.path.name == PERPLEXITY]
-        over = {result.key: result.data.get("interval_over") for result in of_perplexity}
     decoders = ", ".join(dict.fromkeys(result.decoder for result in used.values()))
     note = (
         f"Ours are on {decoders}, the published on {published.DECODER}: "
         "compare changes in percent, not absolute figures. "
-        f"Brackets: 95 % interval{_over(over)}. Blank: not published, or not measured."
+        f"Brackets: 95 % interval{_over(used.values())}. Blank: not published, or not measured."
     )
     return Table(name, title, columns, cells, note, list(map(_origin, used.values())))
 
 
-def _over(over: Mapping[str, str | None]) -> str:
+def _over(results: Iterable[Result]) -> str:
     """Says what intervals of perplexity are over; if kinds differ, with the keys of each."""
     keys: dict[str, list[str]] = {}
-    for key, drawn in over.items():
-        keys.setdefault(INTERVALS.get(drawn, f"over {drawn}"), []).append(key)
+    for result in results:
+        if result.path.name == PERPLEXITY:
+            drawn = result.data.get("interval_over")
+            keys.setdefault(INTERVALS.get(drawn, f"over {drawn}"), []).append(result.key)
     if not keys:
         return ""
     if len(keys) == 1:

@@ -106,3 +106,27 @@ def test_works_with_opposite_effects_tell_nothing_of_a_third():
     (novel,) = perplexity.table({"nll": Sums(*(x[work == 0] for x in sums))}, work[work == 0], 0)
     assert intervals.unit(work[work == 0]) == "documents of one work"
     assert novel["change_high"] < -1.7
+
+
+def test_sums_of_works_give_the_same_intervals():
+    """Of each source too; the documents of a source with a single work stay apart."""
+    draw = np.random.default_rng(0)
+    work = np.array([0, 0, 1, 1, 1, 2, 3, 3, 3])
+    source = np.array([0, 0, 0, 0, 0, 0, 1, 1, 1])
+    tokens = draw.integers(1, 9, (9, 2))
+    arrays = {"source": source, "work": work, "works": np.array(list("abcd")), "tokens": tokens}
+    arrays |= {"decoder": draw.normal(9, 1, (9, 2)), "augmented": draw.normal(9, 1, (9, 2))}
+    summed = perplexity.sum_works(arrays)
+    assert sorted(summed["work"]) == [0, 1, 2, 3, 3, 3] and summed["works"] is arrays["works"]
+    assert perplexity.sum_works(summed)["tokens"].tolist() == summed["tokens"].tolist()
+
+    def intervals_of(arrays, chosen):
+        sums = Sums(*(arrays[name][chosen] for name in Sums._fields))
+        return interval(sums, arrays["work"][chosen], 0)
+
+    for number in (0, 1):
+        expected = intervals_of(arrays, source == number)
+        found = intervals_of(summed, summed["source"] == number)
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
+    expected = intervals_of(arrays, slice(None))
+    np.testing.assert_allclose(intervals_of(summed, slice(None)), expected, rtol=1e-12)
