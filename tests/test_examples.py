@@ -103,6 +103,27 @@ def test_the_kinds_of_tokens_of_the_probe(monkeypatch):
     assert (second, third) == ([0, 2, 5, 8], [0, 3, 6, 9])
 
 
+def test_the_rows_of_recent_text(monkeypatch):
+    """By a score that tells which tokens were read: their sum, and the token to be predicted."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    import recent_text
+
+    def score(tokens):
+        return 1000 * np.cumsum(tokens[:, :-1], axis=1) + tokens[:, 1:]
+
+    tokens = np.random.default_rng(0).integers(1, 100, (3, 12))
+    tokens[:, 0] = 7  # BOS
+    piece, at, A = np.array([0, 0, 2, 2]), np.array([0, 5, 3, 8]), 3
+    expected = recent_text.ahead(score(tokens)[piece], at, A)
+    np.testing.assert_array_equal(expected[1], score(tokens)[0, 5:8])
+    for recent in (8, 4):
+        rows, place = recent_text.recent_rows(tokens, piece, at, recent, A)
+        assert rows.shape == (4, 1 + recent + A)
+        unread = [1000 * tokens[p, 1 : max(a + 1 - recent, 1)].sum() for p, a in zip(piece, at)]
+        found = recent_text.ahead(score(rows), place, A)
+        np.testing.assert_array_equal(found, expected - np.array(unread)[:, None])
+
+
 def kinds(notebook):
     """Returns the kinds of all outputs, in order."""
     return [

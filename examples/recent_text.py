@@ -1,0 +1,122 @@
+"""Shows what a text is worth to the decoder: it reads the last tokens alone, as a table.
+
+  .venv/bin/python -m examples.recent_text [W ...]
+
+This is a control of `lab/short_text`, whose decoder sees latents and the last 16 tokens. Here no
+latents join: the decoder reads BOS and the last W tokens (16, 32 and 64) before each place. Text,
+places and seed are those of the evaluation of `lab/short_text`. The table has the change in
+perplexity, in percent, against the decoder that reads all text.
+"""
+
+import sys
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import latent_delib as ld
+from configs import paper
+from latent_delib.job import experiment
+from latent_delib.measure import perplexity
+from latent_delib.measure.perplexity import Sums
+from latent_delib.measure.text import ValidationText, read_validation_text
+from latent_delib.measure.views import View, view_of
+
+ROWS = 128  # rows at once
+SHOWN = (1, 4, 16, 32)  # n
+Score = Callable[[np.ndarray], np.ndarray]  # tokens [R, T] -> -log p of each next one [R, T - 1]
+
+
+def scorer(path: str) -> Score:
+    """Returns a function that scores rows of tokens by the decoder at `path`, in nats."""
+    lm = ld.AugmentedLM(ld.load_decoder(path))
+
+    @jax.jit
+    def nll(logits_RTV: jax.Array, tokens_RT: jax.Array) -> jax.Array:
+        log_p_RTV = jax.nn.log_softmax(logits_RTV[:, :-1])
+        return -jnp.take_along_axis(log_p_RTV, tokens_RT[:, 1:, None], axis=-1)[..., 0]
+
+    def score(tokens_RT: np.ndarray) -> np.ndarray:
+        parts = []
+        for first in range(0, len(tokens_RT), ROWS):
+            some = tokens_RT[first : first + ROWS]
+            parts.append(np.asarray(nll(lm.logits(some), some)))
+        return np.concatenate(parts)
+
+    return score
+
+
+def places_of(text: ValidationText, view: View) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the piece and the token of every place of the evaluation, int [places] each."""
+    at = [view(number).at for number in range(len(text.pieces))]
+    piece = np.repeat(np.arange(len(at)), list(map(len, at)))
+    return piece, np.concatenate(at)
+
+
+def ahead(nll: np.ndarray, at: np.ndarray, num_ahead: int) -> np.ndarray:
+    """Returns -log p of the tokens after token `at` of each row, [rows, A], from [rows, T - 1]."""
+    return np.take_along_axis(nll, at[:, None] + np.arange(num_ahead), axis=1)
+
+
+def recent_rows(
+    tokens_PT: np.ndarray, piece: np.ndarray, at: np.ndarray, recent: int, num_ahead: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns rows of BOS, the last `recent` tokens at each place, and the tokens ahead.
+
+    Args:
+      tokens_PT: the pieces, with at least `num_ahead` tokens of padding on the right.
+      piece, at: int [places].
+
+    Returns:
+      int [places, 1 + recent + A], and the same place in each row, int [places]. A place with fewer
+      tokens before it has all of them, and more on the right.
+    """
+    first = np.maximum(at + 1 - recent, 1)
+    index = first[:, None] + np.arange(recent + num_ahead)
+    rows = tokens_PT[piece[:, None], index]
+    bos = tokens_PT[piece, :1]
+    return np.concatenate([bos, rows], axis=1), at - first + 1
+
+
+def main(*widths: str) -> None:
+    exp = experiment.read(paper.get_config("lab/short_text"))
+    text = read_validation_text(exp)
+    piece, at = places_of(text, view_of(exp, text))
+    A = exp.config.evaluate.num_ahead
+    score = scorer(exp.config.decoder.path)
+
+    lengths = text.lengths()
+    tokens_PT = np.zeros((len(lengths), exp.config.evaluate.max_length + A), np.int32)
+    for row, tokens in zip(tokens_PT, text.pieces):
+        row[: len(tokens)] = tokens
+    all_text = ahead(score(tokens_PT)[piece], at, A)
+    counts = at[:, None] + 1 + np.arange(A) < lengths[piece, None]
+
+    document = text.document[piece]
+    print("| the decoder reads |", " | ".join(f"n = {n}" for n in SHOWN), "| mean |")
+    print("|---|" + "---|" * (len(SHOWN) + 1))
+    for width in map(int, widths or ("16", "32", "64")):
+        rows, at_row = recent_rows(tokens_PT, piece, at, width, A)
+        alone = ahead(score(rows), at_row, A)
+        sums = Sums(counts.astype(np.int64), all_text * counts, alone * counts)
+        for number, source in enumerate(text.sources):
+            here = text.source[document] == number
+            of_source = Sums(*(x[here] for x in sums))
+            found = perplexity.table({"nll": of_source}, text.work[document[here]], seed=0)
+            print(f"| the last {width} tokens, {source} |", " | ".join(cells(found)), "|")
+
+
+def cells(rows: list[dict]) -> list[str]:
+    """Returns the change and its interval at the n of SHOWN, and the mean over all n."""
+    found = []
+    for n in SHOWN:
+        row = rows[n - 1]
+        low, high = row["change_low"], row["change_high"]
+        found.append(f"{row['change_percent']:+.2f} [{low:+.2f}, {high:+.2f}]")
+    mean = sum(row["change_percent"] for row in rows) / len(rows)
+    return [*found, f"{mean:+.2f}"]
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
