@@ -4,8 +4,9 @@
 
 This is a control of `lab/short_text`, whose decoder sees latents and the last 16 tokens. Here no
 latents join: the decoder reads BOS and the last W tokens (16, 32 and 64) before each place. Text,
-places and seed are those of the evaluation of `lab/short_text`. The table has the change in
-perplexity, in percent, against the decoder that reads all text.
+places and seed are those of the evaluation of `lab/short_text`, whose mixture and tokens
+`./launch/paper.sh` makes. The table has the change in perplexity, in percent, against the decoder
+that reads all text.
 """
 
 import sys
@@ -22,6 +23,7 @@ from latent_delib.measure import perplexity
 from latent_delib.measure.perplexity import Sums
 from latent_delib.measure.text import ValidationText, read_validation_text
 from latent_delib.measure.views import View, view_of
+from latent_delib.results.table_format import change
 
 ROWS = 128  # rows at once
 SHOWN = (1, 4, 16, 32)  # n
@@ -109,11 +111,7 @@ def main(*widths: str) -> None:
 
 def cells(rows: list[dict]) -> list[str]:
     """Returns the change and its interval at the n of SHOWN, and the mean over all n."""
-    found = []
-    for n in SHOWN:
-        row = rows[n - 1]
-        low, high = row["change_low"], row["change_high"]
-        found.append(f"{row['change_percent']:+.2f} [{low:+.2f}, {high:+.2f}]")
+    found = [str(change(rows[n - 1])).replace("%", "") for n in SHOWN]
     mean = sum(row["change_percent"] for row in rows) / len(rows)
     return [*found, f"{mean:+.2f}"]
 
