@@ -14,8 +14,9 @@ Its parts, in this order; each has a share of the time:
   use     evaluation and decoding
 
 Rows lie in runs/chip/CARD.json as soon as they are there. What does not fit the time is left out
-and said; the same command again makes what is missing. A kernel whose rows all agree is recorded on
-this machine: `auto` takes it from then on. The exit code is 1 where a form does not agree.
+and said; the same command again makes what is missing or failed, and the whole proof where the
+kernels have changed. A kernel whose rows all agree is recorded on this machine: `auto` takes it
+from then on. The exit code is 1 where a form does not agree.
 """
 
 import json
@@ -37,7 +38,9 @@ FIRST = 180  # seconds within which jax must find its device
 LEAST = 15  # seconds below which no part is begun
 # What must be the same for rows to stand in one file.
 SAME = ("device", "driver", "jax", "jaxlib", "xla_flags", "kernels", "torch", "small")
-NEEDED = "--xla_gpu_enable_triton_gemm=false"  # which launch/gpu.sh sets
+# launch/gpu.sh sets this flag. With it, XLA converts the whole token table for every token that is
+# decoded at batch 1, so part `use` runs without it.
+NEEDED = "--xla_gpu_enable_triton_gemm=false"
 FOLDER = Path("runs/chip")
 
 
@@ -89,6 +92,10 @@ def start(small: bool, out: Path | None) -> Path:
         flush=True,
     )
     if card["platform"] == "cpu" and not small:
+        if NEEDED in card["xla_flags"] or card["plugins"]:
+            raise SystemExit(
+                "error: jax opens no GPU or TPU here: the lines above say why; --small needs none"
+            )
         print("jax sees no GPU or TPU here: in small, which proves nothing", flush=True)
     # Without this flag XLA cannot compile the reference.
     if card["platform"] == "gpu" and NEEDED not in card["xla_flags"]:
@@ -105,7 +112,22 @@ def start(small: bool, out: Path | None) -> Path:
             raise SystemExit(
                 f"error: {out}: made with {key} {was!r}, now {now!r}; name another --out"
             )
+    forget(out, card)
     return out
+
+
+def forget(out: Path, card: dict[str, Any]) -> None:
+    """Removes the rows that failed, so that they are made again; all of the proof of other code."""
+    result = chip_parts.read(out)
+    for name, part in result["parts"].items():
+        is_old = name == "proof" and result["card"].get("code") != card["code"]
+        gone = [row for row, made in part["rows"].items() if is_old or "error" in made]
+        for row in gone:
+            del part["rows"][row]
+        if gone:
+            part.pop("left_out", None)
+    result["card"]["code"] = card["code"]
+    chip_parts.write(out, result)
 
 
 def run(part: str, out: Path, until: float) -> None:
@@ -117,20 +139,26 @@ def run(part: str, out: Path, until: float) -> None:
         return
     began = time.monotonic()
     ends = began + (until - began) * to_do[part] / sum(to_do.values())
-    for _ in range(chip_parts.TRIES + 1):
+    environment = dict(os.environ)
+    if part == "use":
+        environment["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "").replace(NEEDED, "")
+    gets_on = True
+    while gets_on:
         seconds = ends - time.monotonic()
         if seconds < LEAST:
             return
+        before = out.read_bytes()
         command = [sys.executable, "-m", "benchmarks.chip_parts", f"--part={part}", f"--out={out}"]
         command += [f"--seconds={seconds:.1f}", *["--small"] * result["card"]["small"]]
         try:
-            code = subprocess.run(command, timeout=seconds + GRACE).returncode
+            code = subprocess.run(command, timeout=seconds + GRACE, env=environment).returncode
         except subprocess.TimeoutExpired:
             print(f"{part}: stopped, out of time", flush=True)
             return
         if code == 0:
             return
         print(f"{part}: its process ended with code {code}", flush=True)
+        gets_on = out.read_bytes() != before
 
 
 def is_complete(result: dict[str, Any], part: str) -> bool:
@@ -196,7 +224,7 @@ def record_kernel(result: dict[str, Any], kernel: str) -> str:
     proven = is_proven(result, kernel)
     if not failed and not proven:
         return f"{where}: not proven yet, rows are missing; run the same command again"
-    about = {key: card[key] for key in ("device", "date", "jax")}
+    about = {key: card[key] for key in ("device", "date", "jax", "code")}
     try:
         path = choice.record_proof(kernel, card["family"], about if proven else None)
     except OSError as error:
@@ -213,6 +241,8 @@ def summary(result: dict[str, Any]) -> str:
     for name, row in rows(result).items():
         if "failed" in row:
             lines.append(f"failed: {name}: {row['failed']}")
+        elif row.get("batch") == 0:
+            lines.append(f"does not fit at batch 1: {name}")
         elif row.get("passed") is False:
             lines.append(f"does not agree: {name}: {json.dumps(row)}")
     for part in SHARES:
@@ -235,9 +265,10 @@ HEAD = (
 def table(results: Sequence[dict[str, Any]]) -> str:
     """Makes a row in Markdown for each result.
 
-    Of steps: sequences per second, MFU against the data sheet and against the products measured
-    here, how many times the dense form and PyTorch, batch, remat, memory. Of evaluation: tokens per
-    second, and share of the products. Of decoding: ms per token, and share of a copy's bandwidth.
+    Part `use` runs without the flag NEEDED. Of steps: sequences per second, MFU against the data
+    sheet and against the products measured here, how many times the dense form and PyTorch, batch,
+    remat, memory. Of evaluation: tokens per second, and share of the products. Of decoding: ms per
+    token, and share of a copy's bandwidth.
     """
     lines = ["| " + HEAD + " |", "|" + "---|" * (HEAD.count("|") + 1)]
     if not results:

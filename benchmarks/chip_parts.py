@@ -12,11 +12,8 @@ the longest before it, is left out.
 import argparse
 import dataclasses
 import gc
-import importlib.metadata
 import json
 import os
-import re
-import subprocess
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,17 +23,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 from etils import epath
 
-from benchmarks import chip_proof, common, decoding, evaluation, step
+from benchmarks import chip_card, chip_proof, common, decoding, evaluation, step
 from latent_delib.delib import cost, flops
-from latent_delib.machine import chips, files
-from latent_delib.nn.attention.choice import brief, family, kernels_of
+from latent_delib.machine import files
+from latent_delib.nn.attention.choice import brief
 from latent_delib.nn.sizes import TransformerConfig
 
 Rows = Iterator[tuple[str, Callable[[], dict[str, Any]]]]
 
+LOST = 3  # exit code where the device works no more
 TRIES = 3  # a row that ended its process so often has failed
 PRODUCTS = ((8192, 8192, 8192), (10240, 2304, 9216), (2048, 2304, 9216))
 PRODUCTS_SMALL = ((256, 256, 256),)
@@ -47,38 +44,6 @@ STEPS_SMALL = common.SMALL | dict(
     size="gemma2_test", seq_len=48, traces=4, ahead=3, rounds=1, least=0.0, eager=True
 )
 ROOM = 1.4  # what a step needs at batch 1, as a multiple of what it holds: 1.37 for Gemma 2 2B
-
-
-def card(small: bool) -> dict[str, Any]:
-    """Says what the results are made on."""
-    device = jax.local_devices()[0]
-    return common.machine() | {
-        "jaxlib": jaxlib.__version__,
-        "driver": driver(device),
-        "platform": device.platform,
-        "family": family(device),
-        "kernels": list(kernels_of(device)),
-        "torch": importlib.metadata.version("torch") if common.has_torch() else None,
-        "peak_tflops": (chips.chip_of(device).peak or 0) / 1e12 or None,
-        "small": small or device.platform == "cpu",
-    }
-
-
-def driver(device: Any) -> str:
-    """Returns the version of NVIDIA's driver, or the first line of another device's runtime."""
-    file = Path("/proc/driver/nvidia/version")
-    if device.platform == "gpu" and file.exists():
-        found = re.search(r"\d{3,}\.\d+(\.\d+)?", file.read_text())
-        if found:
-            return found[0]
-    if device.platform == "gpu":
-        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        try:
-            asked = subprocess.run(command, capture_output=True, text=True, check=True)
-            return asked.stdout.split()[0]
-        except (OSError, subprocess.CalledProcessError, IndexError):
-            return "unknown"
-    return device.client.platform_version.partition("\n")[0]
 
 
 # Ceilings and steps.
@@ -154,7 +119,8 @@ class Steps:
             return None, batch // 2
         found = common.memory(compiled) | {"compile_s": time.perf_counter() - began}
         needs = found.get("needs_gib", 0) * 2**30
-        if needs > common.room():
+        # A GPU's compiler accepts what does not fit. A TPU's refuses it, and shares more memory.
+        if jax.default_backend() == "gpu" and needs > common.room():
             held = compiled.memory_analysis().argument_size_in_bytes
             share = (common.room() - held) / (needs - held)  # of what grows with the batch
             return None, power_of_two(min(batch // 2, int(batch * max(share, 0))))
@@ -342,6 +308,8 @@ def run(rows: Rows, part: str, out: Path, seconds: float) -> None:
         longest = max(longest, made[name]["seconds"])
         print(f"{part}: {name}: {shown(row)}", flush=True)
         write(out, result)
+        if "error" in row and not device_works():
+            raise SystemExit(LOST)  # another process makes the rows that follow
     kept["left_out"] = left_out
     write(out, result)
 
@@ -351,9 +319,18 @@ def attempt(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
         return make()
     except Exception as error:  # of jax, a compiler, or torch: the other rows go on
-        return {"failed": brief(error)}
+        return {"failed": brief(error), "error": type(error).__name__}
     finally:
         gc.collect()
+
+
+def device_works() -> bool:
+    """Tells whether the device still computes: after a fault it fails whatever it is given."""
+    try:
+        jax.block_until_ready(jnp.zeros(8) + 1)
+    except Exception:  # of jax
+        return False
+    return True
 
 
 def shown(row: dict[str, Any]) -> str:
@@ -372,12 +349,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float)
     parser.add_argument("--small", action="store_true")
     a = parser.parse_args()
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # a process takes all that it sees
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     warnings.filterwarnings("error", "attention: ")  # a kernel that gives way has not been measured
     if a.part in ("card", "peer"):  # torch has the memory
         common.share_the_card()
     if a.part == "card":
-        print(json.dumps(card(a.small)))
+        print(json.dumps(chip_card.card(a.small)))
         return
     run(PARTS[a.part](a.small), a.part, a.out, a.seconds)
 

@@ -204,7 +204,12 @@ def measure(runs: Mapping[str, Run], rounds: int, least: float = 0.0) -> dict[st
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Tells whether an error is of too little memory: jax's or torch's, compiling or running."""
+    """Tells whether an error is of too little memory: jax's or torch's, compiling or running.
+
+    The small memory inside a core does not count: a kernel that needs more of it is wrong.
+    """
+    if re.search("shared memory|memory space (vmem|smem)", str(error), re.IGNORECASE):
+        return False
     return bool(re.search("RESOURCE_EXHAUSTED|out of memory|Ran out of memory", str(error)))
 
 

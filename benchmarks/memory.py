@@ -136,7 +136,9 @@ def compile_step(
     )
     step = partial(train_step, objective=objective, tx=tx)
     began = time.perf_counter()
-    lowered = jax.jit(step, donate_argnums=0).lower(state, frozen, {"tokens": row, "segment": row})
+    step = jax.jit(step, donate_argnums=0)
+    with jax.sharding.use_abstract_mesh(where.mesh.abstract_mesh):  # jax 0.12 asks for its devices
+        lowered = step.lower(state, frozen, {"tokens": row, "segment": row})
     memory = lowered.compile().memory_analysis()
     held, working = memory.argument_size_in_bytes / 2**30, memory.temp_size_in_bytes / 2**30
     return {

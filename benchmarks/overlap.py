@@ -59,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     preset = dict(size="gemma2_2b", dtype="bfloat16", latents=16, batch=1, seq_len=1024, new=64)
     small = preset | dict(size="smollm2_135m", dtype="float32", seq_len=128)
     a = common.arguments(__doc__, argv, ["plain", "waits", "beside"], preset, small)
+    if len(jax.devices()) < 2:
+        raise SystemExit("error: one device; expected two, for the decoder and the coprocessor")
     home, there = (mesh.make({}, [device]) for device in jax.devices()[:2])
     params = common.weights(a.config, a.latents, a.dtype)
     aug = common.augmentation(a.config, a.latents, common.attention_forms()[-1])

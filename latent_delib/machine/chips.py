@@ -24,9 +24,17 @@ UNKNOWN = Chip()
 # instead: 24 TB/s over the 512 links that cut a torus of 16 x 16 x 16; a chip has six links. A
 # TPU7x is two devices, which share its figures.
 CHIPS = {
-    "NVIDIA H100 80GB HBM3": Chip(989e12),
-    "NVIDIA H200": Chip(989e12),
+    "NVIDIA A100-SXM4-40GB": Chip(312e12),
     "NVIDIA A100-SXM4-80GB": Chip(312e12),
+    "NVIDIA A100-PCIE-40GB": Chip(312e12),
+    "NVIDIA A100 80GB PCIe": Chip(312e12),
+    "NVIDIA L4": Chip(121e12),
+    "NVIDIA H100 80GB HBM3": Chip(989e12),
+    "NVIDIA H100 PCIe": Chip(756e12),
+    "NVIDIA H200": Chip(989e12),
+    "NVIDIA B200": Chip(2250e12),
+    "NVIDIA GeForce RTX 4090": Chip(165e12),
+    "NVIDIA GeForce RTX 5090": Chip(209e12),
     "TPU v4": Chip(275e12, 30.75 * 2**30, 1200e9, 281e9),
     "TPU v5 lite": Chip(197e12, 15.75 * 2**30, 819e9, 200e9),
     "TPU v5": Chip(459e12, 95.74 * 2**30, 2765e9, 600e9),

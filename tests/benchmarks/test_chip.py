@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import chip, chip_parts, chip_proof
+from benchmarks import chip, chip_parts, chip_proof, common
 from latent_delib.nn.attention import choice
 
 ROOT = Path(__file__).parents[2]
@@ -26,6 +26,8 @@ CARD = dict(
     kernels=["pallas_gpu"],
     driver="570.1",
     jax=jax.__version__,
+    code=choice.code_digest(),
+    plugins=[],
 )
 CARD |= dict(
     jaxlib="0.10.2",
@@ -95,7 +97,7 @@ def test_in_small_on_this_machine(tmp_path, cache, capfd, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(chip.subprocess, "run", run_here)
     out = tmp_path / "small.json"
-    assert chip.main([f"--out={out}", "--minutes=60"]) == 0
+    assert chip.main([f"--out={out}", "--minutes=60", "--small"]) == 0
     result = chip_parts.read(out)
     assert result["card"]["small"] and set(result["parts"]) == set(chip.SHARES)
     rows = chip.rows(result)
@@ -141,8 +143,9 @@ def test_a_process_that_crashes_is_started_again_and_one_that_hangs_is_stopped(f
     codes = iter([-11, -11, -11, 0])
     calls = []
 
-    def fake(command, timeout):
+    def fake(command, timeout, env):
         calls.append((command, timeout))
+        file.write_text(file.read_text() + " ")  # it tries a row
         return SimpleNamespace(returncode=next(codes))
 
     monkeypatch.setattr(chip.subprocess, "run", fake)
@@ -150,15 +153,24 @@ def test_a_process_that_crashes_is_started_again_and_one_that_hangs_is_stopped(f
     assert len(calls) == 4 and "--part=proof" in calls[0][0]
     assert calls[0][1] == pytest.approx(50 + chip.GRACE, abs=1)
 
-    def hangs(command, timeout):
+    def hangs(command, timeout, env):
         calls.append(command)
+        assert chip.NEEDED not in env["XLA_FLAGS"] and "--a" in env["XLA_FLAGS"]
         raise chip.subprocess.TimeoutExpired(command, timeout)
 
+    def gets_nowhere(command, timeout, env):
+        calls.append(command)
+        return SimpleNamespace(returncode=1)
+
+    monkeypatch.setattr(chip.subprocess, "run", gets_nowhere)
+    chip.run("steps", file, chip.time.monotonic() + 100)
+    assert len(calls) == 5, "a process that gets nowhere is the last"
+    monkeypatch.setenv("XLA_FLAGS", f"--a {chip.NEEDED}")
     monkeypatch.setattr(chip.subprocess, "run", hangs)
     chip.run("use", file, chip.time.monotonic() + 100)
-    assert len(calls) == 5
+    assert len(calls) == 6
     chip.run("use", file, chip.time.monotonic() + 5)
-    assert len(calls) == 5, "too little time to begin"
+    assert len(calls) == 6, "too little time to begin"
 
 
 # -- rows
@@ -171,6 +183,51 @@ def test_rows_that_are_there_are_not_made_again(file):
     again, called = run(file, {"xla, a": agree, "xla, b": agree, "xla, c": agree})
     assert called == ["xla, c"]
     assert {name: again["rows"][name] for name in first["rows"]} == first["rows"]
+
+
+def test_the_next_command_makes_rows_that_failed_and_a_proof_of_other_code(file):
+    run(file, {"xla, a": agree, "xla, b": break_down})
+    chip.forget(file, CARD)
+    assert not chip.is_complete(chip_parts.read(file), "proof")
+    part, called = run(file, {"xla, a": agree, "xla, b": agree})
+    assert called == ["xla, b"] and part["left_out"] == []
+    chip.forget(file, CARD)
+    assert chip.is_complete(chip_parts.read(file), "proof")
+    chip.forget(file, CARD | {"code": "other"})
+    assert chip_parts.read(file)["parts"]["proof"] == {"rows": {}}
+    assert chip_parts.read(file)["card"]["code"] == "other"
+
+
+def test_a_device_that_works_no_more_ends_the_process(file, monkeypatch):
+    """Rows after a fault would fail without being wrong."""
+    monkeypatch.setattr(chip_parts, "device_works", lambda: False)
+    with pytest.raises(SystemExit) as ended:
+        run(file, {"xla, a": break_down, "xla, b": agree})
+    assert ended.value.code == chip_parts.LOST
+    assert list(chip_parts.read(file)["parts"]["proof"]["rows"]) == ["xla, a"]
+    monkeypatch.undo()
+    assert chip_parts.device_works()
+    part, called = run(file, {"xla, a": break_down, "xla, b": agree})
+    assert called == ["xla, b"] and part["left_out"] == []
+
+
+def test_a_card_that_jax_cannot_open_is_not_taken_for_a_cpu(tmp_path, monkeypatch):
+    now = json.dumps(CARD | {"platform": "cpu", "kernels": [], "plugins": ["libtpu"]})
+    monkeypatch.setattr(
+        chip.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0, stdout=now)
+    )
+    with pytest.raises(SystemExit, match="jax opens no GPU or TPU here"):
+        chip.start(False, tmp_path / "card.json")
+
+
+def test_a_kernel_that_is_too_large_is_not_a_step_that_does_not_fit():
+    for words, expected in {
+        "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes": True,
+        "RESOURCE_EXHAUSTED: Shared memory size limit exceeded": False,
+        "Ran out of memory in memory space vmem": False,
+        "Ran out of memory in memory space hbm": True,
+    }.items():
+        assert common.out_of_memory(RuntimeError(words)) == expected
 
 
 def test_rows_that_do_not_fit_the_time_are_left_out(file):
@@ -239,6 +296,7 @@ def test_the_largest_batch_that_fits(monkeypatch, room, needs, tried):
             return jnp.zeros(())
 
     monkeypatch.setattr(chip_parts.common, "room", lambda: room * gib)
+    monkeypatch.setattr(chip_parts.jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(chip_parts.common, "text", lambda a, batch: (batch, batch))
     monkeypatch.setattr(chip_parts, "useful", lambda *_: 1.0)
     steps = chip_parts.Steps(small=False)
@@ -312,6 +370,9 @@ def test_a_proven_kernel_is_what_auto_takes(file, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert choice.choose("auto", device, None, jnp.bfloat16) == "pallas_gpu"
+    with monkeypatch.context() as patch:
+        patch.setattr(choice, "code_digest", lambda: "other")
+        assert not choice.is_proven("pallas_gpu", device), "the kernels have changed since"
     assert chip.disagreeing(chip_parts.read(file)) == ["xla, a"]
 
 

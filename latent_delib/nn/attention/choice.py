@@ -6,6 +6,7 @@ committed result for the card's family, or the record that such a run leaves on 
 """
 
 import functools
+import hashlib
 import json
 import os
 import re
@@ -101,8 +102,8 @@ def record_proof(kernel: str, family: str, about: dict[str, str] | None) -> Path
     """Writes this machine's record of a kernel on a family of cards, and returns its path.
 
     Args:
-      about: the card, the date and the version of jax of the run that proved the kernel. None
-        removes the record.
+      about: of the run that proved the kernel, the card, the date, the version of jax and
+        `code_digest`. None removes the record.
     """
     records = _records()
     of_kernel = records.setdefault(kernel, {})
@@ -117,14 +118,24 @@ def record_proof(kernel: str, family: str, about: dict[str, str] | None) -> Path
 def is_proven(kernel: str, device: Any) -> bool:
     """Tells whether a kernel is proven on a card.
 
-    The proof is a result for the card's family, or this machine's record with this version of jax.
-    Where a job has several processes, such a record does not count: all processes must decide
-    alike.
+    The proof is a result for the card's family, or this machine's record with this version of jax
+    and this code of the kernels. Where a job has several processes, such a record does not count:
+    all processes must decide alike.
     """
     if family(device) in PROVEN[kernel]:
         return True
     record = _records().get(kernel, {}).get(family(device), {})
-    return jax.process_count() == 1 and record.get("jax") == jax.__version__
+    is_same = record.get("jax") == jax.__version__ and record.get("code") == code_digest()
+    return jax.process_count() == 1 and is_same
+
+
+@functools.cache
+def code_digest() -> str:
+    """Returns a digest of the code of all forms of attention."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _fastest(device: Any, config: TransformerConfig, dtype: Any) -> str:
@@ -159,7 +170,7 @@ def _failure(kernel: str, device: Any, config: TransformerConfig, dtype: Any) ->
     own = array((1, 4, 128, 1, H), dtype)
     prefix = array((1, 512, 1, H), dtype)
     bounds = Bounds(*[array((1, 4, 128), jnp.int32)] * 3)
-    if unsupported(kernel, q.shape, 512, dtype):
+    if unsupported(kernel, H, dtype):
         return None  # each call gives this warning itself
     call = partial(attend, form=kernel, scale=config.query_scale, softcap=config.attn_softcap)
     call = partial(call, shared_memory=shared_memory_of(device))

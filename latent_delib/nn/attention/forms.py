@@ -36,24 +36,13 @@ FEW = 16
 SAVED = ("attention_out", "attention_lse")  # what a backward pass needs besides q, k and v
 
 
-def unsupported(
-    kernel: str,
-    q_shape: tuple[int, ...],
-    prefix_length: int | None,
-    dtype: Any,
-) -> str | None:
-    """Returns why a kernel does not support a call, such as "head dim 80", or None.
-
-    prefix_length: T, or None without a prefix.
-    """
-    H = q_shape[-1]
+def unsupported(kernel: str, head_dim: int, dtype: Any) -> str | None:
+    """Returns why a kernel does not support a call, such as "head dim 80", or None."""
     head_dims, dtypes = SERVED[kernel]
     if jnp.dtype(dtype) not in dtypes:
         return f"dtype {jnp.dtype(dtype)}"
-    if H not in head_dims:
-        return f"head dim {H}"
-    if 0 in q_shape or prefix_length == 0:
-        return "an empty axis"
+    if head_dim not in head_dims:
+        return f"head dim {head_dim}"
     return None
 
 
@@ -86,8 +75,7 @@ def attend(
             q_BMSNH, k_BMUKH, v_BMUKH, prefix, bounds, scale=scale, softcap=softcap
         )
     if form in SERVED:
-        length = None if prefix is None else prefix[0].shape[1]
-        why = unsupported(form, q_BMSNH.shape, length, q_BMSNH.dtype)
+        why = unsupported(form, q_BMSNH.shape[-1], q_BMSNH.dtype)
         if why:
             form = fall_back(form, why)
     S, U = q_BMSNH.shape[2], k_BMUKH.shape[2]

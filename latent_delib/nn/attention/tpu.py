@@ -105,7 +105,8 @@ def backward(
     (dq,) = _launch(
         "attention_dq", kernel, plan, operands, per_row, outputs, state, options.interpret
     )
-    # Only a group's own queries see its keys: too little work for a kernel.
+    # Only a group's own queries see its keys. For traces this is too little work for a kernel; for
+    # text, where the group is all of it, it is not, and XLA is the slower way.
     saved = (out_BMSNH, lse_BMSN, dout_BMSNH)
     _, down, _ = xla.backward(q_BMSNH, own, None, bounds, *saved, options)
     return _tokens(dq, q_BMSNH.shape), down, None
