@@ -23,13 +23,13 @@ from latent_delib.machine.command_line import REQUIRED
 LONGEST = 25_000  # characters of a line, which have at most four bytes each
 
 
-def vocabulary(texts: Iterable[Path], size: int, characters: float = math.inf) -> bytes:
+def vocabulary(texts: Iterable[Path], size: int, num_bytes: float = math.inf) -> bytes:
     """Returns a SentencePiece model.
 
     Args:
       texts: UTF-8 files.
       size: pieces, V.
-      characters: of text to learn from, roughly, at most; lines are taken evenly from all files.
+      num_bytes: of text to learn from, roughly, at most; lines are taken evenly from all files.
 
     Raises:
       UserError: a file is not UTF-8.
@@ -37,7 +37,7 @@ def vocabulary(texts: Iterable[Path], size: int, characters: float = math.inf) -
     """
     texts = sorted(texts)
     total = sum(text.stat().st_size for text in texts)
-    every = max(1, round(total / characters))
+    every = max(1, round(total / num_bytes))
     lines = list(_lines(texts, every))  # SentencePiece would hide an error from inside
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -77,22 +77,22 @@ def _lines(texts: Iterable[Path], every: int) -> Iterator[str]:
                     yield line[start : start + LONGEST]
 
 
-def make_vocabulary(text: str, size: int, out: str, characters: float) -> None:
+def make_vocabulary(text: str, size: int, out: str, num_bytes: float) -> None:
     """Trains a vocabulary on the files that match `text`, and writes it to the file `out`.
 
     Raises:
-      UserError: no file matches, or one is not UTF-8; `out` exists; `characters` is below 1; the
+      UserError: no file matches, or one is not UTF-8; `out` exists; `num_bytes` is below 1; the
         text does not yield so many pieces.
     """
-    if not characters >= 1:
-        raise UserError(f"--characters={characters:g}: expected at least 1")
+    if not num_bytes >= 1:
+        raise UserError(f"--num_bytes={num_bytes:g}: expected at least 1")
     if Path(out).exists():
         raise UserError(f"--out={out}: exists already")
     texts = [Path(path) for path in glob.glob(text)]
     if not texts:
         raise UserError(f"--text={text}: no file matches")
     try:
-        model = vocabulary(texts, size, characters)
+        model = vocabulary(texts, size, num_bytes)
     except RuntimeError as error:  # of SentencePiece
         raise UserError(f"--size={size}: {error}") from None
     files.write(epath.Path(out), model)
@@ -101,10 +101,10 @@ def make_vocabulary(text: str, size: int, out: str, characters: float) -> None:
 
 if __name__ == "__main__":
     commands.run(
-        lambda flags: make_vocabulary(flags.text, flags.size, flags.out, flags.characters),
+        lambda flags: make_vocabulary(flags.text, flags.size, flags.out, flags.num_bytes),
         __doc__,
         text=(REQUIRED, "text files, as a pattern"),
         size=(4096, "pieces"),
         out=(REQUIRED, "the file to write"),
-        characters=(2e7, "of text to learn from, roughly, at most; taken evenly"),
+        num_bytes=(2e7, "of text to learn from, roughly, at most; taken evenly"),
     )

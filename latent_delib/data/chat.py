@@ -38,13 +38,14 @@ def checked(name: str, messages: Any) -> list[dict[str, str]]:
 
 def marked(messages: list[dict[str, str]], control: Iterable[str]) -> list[dict[str, str]]:
     """Returns messages with MARK put inside each control token that they spell."""
-    found = []
-    for message in messages:
-        content = message["content"]
+    control = list(control)
+
+    def marked_text(text: str) -> str:
         for token in control:
-            content = content.replace(token, token[0] + MARK + token[1:])
-        found.append(message | {"content": content})
-    return found
+            text = text.replace(token, token[0] + MARK + token[1:])
+        return text
+
+    return [{field: marked_text(message[field]) for field in message} for message in messages]
 
 
 def render(template: str, messages: list[dict[str, str]], tokens: Mapping[str, str]) -> str:

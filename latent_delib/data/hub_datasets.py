@@ -8,6 +8,7 @@ and gated datasets.
 import contextlib
 import hashlib
 import itertools
+import os
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -72,6 +73,8 @@ class HubDataset:
     def _find(self) -> Any:
         """Returns the builder of the dataset, which knows its files."""
         _, name, config, revision, *_ = self.meant
+        if self.meant.is_local and not os.path.isdir(name):
+            raise self._error("no such folder")
         try:
             found = datasets.load_dataset_builder(name, config or None, revision=revision or None)
         except exceptions.DatasetNotFoundError as error:

@@ -72,7 +72,7 @@ def _words(text: str) -> str:
 
 def steps_end(tokenizer: Tokenizer) -> tuple[int, ...]:
     """Returns the tokens between the steps and the answer, as `encode` makes them."""
-    return tuple(tokenizer.encode(_words(STEPS_END)))
+    return tuple(tokenizer.encode_in_text(_words(STEPS_END)))
 
 
 def line_of(question: Any, answer: Any, steps: Any = None) -> bytes:
@@ -140,12 +140,13 @@ def encode(
     except ValueError as error:
         return nothing, str(error)
     parts = []
-    for text in question.parts(with_steps, removed):
-        tokens, fault = rows.encode(text.encode(errors="surrogatepass"), tokenizer)
+    for number, text in enumerate(question.parts(with_steps, removed)):
+        content = text.encode(errors="surrogatepass")
+        tokens, fault = rows.encode(content, tokenizer, in_text=number > 0)
         if fault:
             return nothing, fault
         parts.append(tokens)
-    end = tokenizer.encode(PROMPT_END)
+    end = tokenizer.encode_in_text(PROMPT_END)
     if parts[0][-len(end) :].tolist() != end:
         return nothing, f"the tokenizer joins {PROMPT_END!r} to the end of the question"
     return np.concatenate(parts), ""
@@ -157,7 +158,7 @@ def parted(tokens: list[int], tokenizer: Tokenizer) -> tuple[list[int], list[int
     Raises:
       UserError: the tokens have another form.
     """
-    end = tokenizer.encode(PROMPT_END)
+    end = tokenizer.encode_in_text(PROMPT_END)
     for k in range(len(end), len(tokens)):
         prompt, reply = tokens[:k], tokens[k:]
         if prompt[-len(end) :] != end:

@@ -101,8 +101,11 @@ class BadRecords:
         self.met[record] += 1
 
 
-def encode(text: bytes, tokenizer: Any) -> tuple[np.ndarray, str]:
-    """Returns a document's tokens, int32 [n] without BOS, and its fault; "" if it has none."""
+def encode(text: bytes, tokenizer: Any, in_text: bool = False) -> tuple[np.ndarray, str]:
+    """Returns a document's tokens, int32 [n] without BOS, and its fault; "" if it has none.
+
+    in_text: whether it is a later part of a document (see `Tokenizer.encode_in_text`).
+    """
     nothing = np.empty(0, np.int32)
     try:
         decoded = text.decode()
@@ -110,7 +113,8 @@ def encode(text: bytes, tokenizer: Any) -> tuple[np.ndarray, str]:
         return nothing, "not UTF-8 text"
     if "\0" in decoded:
         return nothing, "holds NUL characters, is it UTF-16? convert the file to UTF-8"
-    tokens = np.array(tokenizer.encode(decoded), np.int32)
+    ids = tokenizer.encode_in_text(decoded) if in_text else tokenizer.encode(decoded)
+    tokens = np.array(ids, np.int32)
     if ((tokens == tokenizer.bos_id) | (tokens == tokenizer.pad_id)).any():
         return nothing, "the tokenizer turns its text into BOS or padding"
     return tokens, ""

@@ -43,7 +43,7 @@ FORMS = (
 )
 _FILES = re.compile(r"(files|lines|qa|qa_steps(?:-\d+)?):(.*)", re.DOTALL)
 _DATASET = re.compile(r"(?:(qa|qa_steps(?:-\d+)?):)?((?:tfds|hf):.*)", re.DOTALL)
-_TFDS = re.compile(r"tfds:(.+):([^:[\]]+(?:\[.*\])?):([^:]+)")
+_TFDS = re.compile(r"tfds:(.+):([^:[\]+]+(?:\[[^[\]]*\])?):([^:]+)")  # no sum of splits
 _HUB = re.compile(r"hf:([\w-][\w.-]*/[\w.-]+)(?:/([\w.-]+))?(?:@([\w./-]+))?:([\w.-]+):([^:]+)")
 _FOLDER = re.compile(r"hf:(\.{0,2}/.+)()():([\w.-]+):([^:]+)")  # no config, no revision
 CORPUS = pathlib.Path(__file__).parent / "corpus"
@@ -65,6 +65,7 @@ class Tfds(NamedTuple):
     """Names a split of a TFDS dataset.
 
     kind: "text", "qa", "qa_steps" or "qa_steps-K".
+    split: may have a slice, such as train[:1%].
     features: the name of the text; or those of question, answer and perhaps steps.
     """
 
@@ -72,6 +73,11 @@ class Tfds(NamedTuple):
     name: str
     split: str
     features: tuple[str, ...]
+
+    @property
+    def whole_split(self) -> str:
+        """Returns the name of the split without its slice."""
+        return f"tfds:{self.name}:{self.split.partition('[')[0]}"
 
 
 class Hub(NamedTuple):
@@ -92,6 +98,12 @@ class Hub(NamedTuple):
     @property
     def is_local(self) -> bool:
         return self.name.startswith((".", "/"))
+
+    @property
+    def whole_split(self) -> str:
+        """Returns the name of the split, which is the same for all revisions."""
+        name = os.path.realpath(self.name) if self.is_local else self.name
+        return f"hf:{name}/{self.config}:{self.split}"
 
 
 @functools.cache  # it is asked again for each document
@@ -207,16 +219,6 @@ def only_files(source: str, found: Iterable[str]) -> list[str]:
             f"did you mean {meant.kind}:{folder}/*.{ending}?"
         )
     raise UserError(f"config.data: source {source!r}: no file matches {meant.pattern!r}")
-
-
-def texts_of(source: str) -> set[str]:
-    """Returns what a source reads: the real paths of local files, a glob on gs://, or a split."""
-    meant = parse(source)
-    if not isinstance(meant, Files):
-        return {source.removeprefix(f"{meant.kind}:").rpartition(":")[0]}
-    if "://" in meant.pattern:
-        return {meant.pattern}
-    return {os.path.realpath(path) for path in local_files(meant.pattern)}
 
 
 def common_folder(paths: Iterable[str]) -> str:

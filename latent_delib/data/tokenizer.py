@@ -24,13 +24,17 @@ def files(path: str | Path) -> list[Path]:
     """Returns a tokenizer's files: one model, or tokenizer.json and tokenizer_config.json.
 
     Raises:
-      UserError: one of the files does not exist.
+      UserError: one of the files does not exist, or is a folder.
     """
     path = Path(path)
     found = [path]
     if path.suffix == ".json":
         found.append(path.with_name("tokenizer_config.json"))
     for file in found:
+        if file.is_dir():
+            raise UserError(
+                f"tokenizer {file}: is a folder; name its tokenizer.model or tokenizer.json"
+            )
         if not file.is_file():
             raise UserError(f"tokenizer {file}: does not exist")
     return found
@@ -90,7 +94,6 @@ class Tokenizer:
       4. a byte that no text has (GPT-2 has one control token).
 
     Attributes:
-      files: the tokenizer's files.
       vocab_size: the highest id + 1.
       bos_id, eos_id, pad_id: ids that text never becomes, even where it spells the token.
       control: spelling of a control token -> its id.
@@ -103,13 +106,13 @@ class Tokenizer:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.files = files(path)
+        *_, names_tokens = files(path)
         read_model = _read_json if self.path.suffix == ".json" else _read_sentencepiece
         self._model = model = read_model(self.path)
 
         def required(name: str, value: int | None) -> int:
             if value is None:
-                raise UserError(f"tokenizer {self.files[-1]}: names no token for {name}")
+                raise UserError(f"tokenizer {names_tokens}: names no token for {name}")
             return value
 
         self.spell = model.spell
@@ -122,6 +125,8 @@ class Tokenizer:
         pads = [model.pad_id, self.eos_id, *sorted(self.control.values()), model.no_text_id]
         usable = [pad for pad in pads if pad not in (None, self.bos_id)]
         self.pad_id = required("padding", usable[0] if usable else None)
+        alone, inside = model.encode("a"), model.encode("\na")
+        self._adds_space = alone != inside[-len(alone) :]
 
     def encode(self, text: str) -> list[int]:
         """Returns the token ids of a text, without BOS; the caller adds BOS where it belongs.
@@ -138,6 +143,27 @@ class Tokenizer:
                 f"text: character {error.start} is {text[error.start]!a}, which is not Unicode"
             ) from None
         return self._model.encode(text)
+
+    def encode_in_text(self, text: str) -> list[int]:
+        """Returns the token ids that a text has after a line break.
+
+        Some vocabularies (Llama 2's) put a space before each text that is encoded alone; these ids
+        are without it.
+        """
+        line_break = self.encode("\n")
+        ids = self.encode("\n" + text)
+        if not self._adds_space or ids[: len(line_break)] != line_break:
+            return self.encode(text)
+        return ids[len(line_break) :]
+
+    def decode_in_text(self, ids: Sequence[int]) -> str:
+        """Returns the text of token ids that follow other text.
+
+        Where `encode` adds a space, `decode` leaves out one that a text begins with; this keeps it.
+        """
+        if not self._adds_space:
+            return self.decode(ids)
+        return self.decode([*self.encode("a"), *ids]).removeprefix("a")
 
     def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Returns the token ids of a conversation, up to where the model's next message begins.
@@ -185,7 +211,7 @@ class Tokenizer:
         return self._model.decode(kept)
 
     def settled(self, ids: Sequence[int]) -> str:
-        """Returns the text of token ids, without any end that later tokens may still change.
+        """Returns `decode_in_text` of ids, without any end that later tokens may still change.
 
         Such an end exists because a character may be spread over several tokens.
         """
@@ -193,7 +219,7 @@ class Tokenizer:
         leave_open = self._model.runs.union(self.control.values())
         while kept and (kept[-1] in leave_open or kept[-1] >= self.vocab_size):
             kept.pop()
-        return self.decode(kept).rstrip("\ufffd")  # stands for part of a character
+        return self.decode_in_text(kept).rstrip("\ufffd")  # stands for part of a character
 
 
 def _read_sentencepiece(path: Path) -> _Model:

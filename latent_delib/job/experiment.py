@@ -58,7 +58,7 @@ class Experiment:
     @property
     def prompt_end(self) -> tuple[int, ...]:
         """Returns the tokens of `method.prompt_end`."""
-        return tuple(self.tokenizer.encode(self.config.method.prompt_end))
+        return tuple(self.tokenizer.encode_in_text(self.config.method.prompt_end))
 
     @property
     def steps_end(self) -> tuple[int, ...]:

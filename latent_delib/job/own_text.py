@@ -1,27 +1,29 @@
-"""Makes token files of the text that `train --text` names."""
+"""The text that `train --text` names: puts it into the config, and makes token files of it."""
 
+import os
 from typing import Any
 
-from latent_delib.data.sources import source_of, texts_of
+from latent_delib.data.sources import Files, parse, source_of
+from latent_delib.data.text_files import TextFiles
 from latent_delib.errors import UserError
 from latent_delib.job.checks import check, check_steps
 from latent_delib.job.preparation import prepare
 
 
-def use_text(config: Any, text: str, held_out: str, workdir: str) -> None:
-    """Turns a command line's text into WORKDIR/tokens, and names these files in the config.
+def use_text(config: Any, text: str, held_out: str) -> None:
+    """Names a command line's text as the data of a config.
 
     Args:
       config: the config of a training job; its `data` is changed.
       text, held_out: texts to train on and to evaluate on, in a form of `sources.source_of`.
 
     Raises:
-      UserError: `text` or `held_out` is missing, or the config names token files; errors of
-        `prepare`.
+      UserError: `text` or `held_out` is missing, the two have files in common, or the config names
+        token files.
     """
     if not (text and held_out):
         raise UserError(f"--text={text}, --held_out={held_out}: expected both")
-    shared = texts_of(source_of(text)) & texts_of(source_of(held_out))
+    shared = _shared(source_of(text), source_of(held_out))
     if shared:
         raise UserError(
             f"--held_out={held_out}: {min(shared)} is in --text too, which is trained on; "
@@ -35,8 +37,39 @@ def use_text(config: Any, text: str, held_out: str, workdir: str) -> None:
     data.sources = (source_of(text),)
     data.weights = (1.0,)
     data.validation = (source_of(held_out),)
+
+
+def make_tokens(config: Any, workdir: str) -> None:
+    """Makes the token files WORKDIR/tokens of a config's data, and names them in the config.
+
+    Raises:
+      UserError: a mistake in the config; errors of `prepare`.
+    """
     check(config)
     check_steps(config)
     tokens = f"{workdir.rstrip('/')}/tokens"
     prepare(config, tokens)
-    data.token_files = tokens
+    config.data.token_files = tokens
+
+
+def _shared(source: str, other: str) -> set[str]:
+    """Returns what two sources both read: files, or a split of a dataset.
+
+    Copies of a file are not noticed, nor are two slices of one split that overlap.
+
+    Raises:
+      UserError: a source has an unknown form, or no files.
+    """
+    one, two = parse(source), parse(other)
+    if isinstance(one, Files) and isinstance(two, Files):
+        return _paths(source, one) & _paths(other, two)
+    if isinstance(one, Files) or isinstance(two, Files) or one.whole_split != two.whole_split:
+        return set()
+    are_slices = "[" in one.split and "[" in two.split and one.split != two.split
+    return set() if are_slices else {one.whole_split}
+
+
+def _paths(source: str, meant: Files) -> set[str]:
+    """Returns the paths of a source's files, without symbolic links."""
+    paths = TextFiles(source, meant).parts
+    return {path if "://" in path else os.path.realpath(path) for path in paths}

@@ -45,6 +45,9 @@ KEYS = {
     "final_softcap": "final_logit_softcapping",
 }
 SILENT = ("query_scale", "rope_scaling", "local_rope_base", "window")  # fields GGUF may omit
+# llama.cpp's values where an early file of Gemma 2 has no such keys.
+GEMMA2 = {"window": 4096, "attn_softcap": 50.0, "final_softcap": 30.0}
+LLAMA31_SCALING = (8.0, 1.0, 4.0, 8192.0)  # of 8B and 70B, which are no known sizes here
 
 
 class Info(NamedTuple):
@@ -225,7 +228,8 @@ def open_source(path: Path) -> Source:
 def architecture(file: GGUF) -> TransformerConfig:
     """Returns the TransformerConfig of a file's metadata.
 
-    Fields that GGUF leaves out are taken from the known size that fits the rest.
+    The query scale, which GGUF leaves out, is taken from the known size that fits the rest. Llama
+    3's scaling of rotary positions is the known one that gives the divisors of the file.
 
     Raises:
       UserError: a key is missing, wrong, or of a feature that is not supported.
@@ -249,6 +253,8 @@ def architecture(file: GGUF) -> TransformerConfig:
         names["learned_positions"] = "gpt2.context_length"
         norm = "attention.layer_norm_epsilon"
     fields = dict(FAMILIES[kind])
+    if kind == "gemma2":
+        fields |= GEMMA2
     for name, key in names.items():
         if key in file.metadata:
             fields[name] = file.metadata[key]
@@ -273,14 +279,25 @@ def architecture(file: GGUF) -> TransformerConfig:
     known = _known_size(config)
     if known is not None:
         config = dataclasses.replace(config, query_scale=known.query_scale)
-    if ROPE_FREQS in file.tensors:  # Llama 3's scaling, as the divisors of frequencies
-        config = dataclasses.replace(config, rope_scaling=known.rope_scaling if known else ())
-        divisors = file.read(ROPE_FREQS).reshape(-1)
-        plain = rotary.frequencies(config.head_dim, config.rope_base)
-        scaled = rotary.frequencies(config.head_dim, config.rope_base, config.rope_scaling)
-        if divisors.shape != plain.shape or not np.allclose(plain / scaled, divisors, rtol=1e-4):
-            raise UserError(f"{where}: {ROPE_FREQS} is not the rotary scaling of any known size")
+    if ROPE_FREQS in file.tensors:
+        config = dataclasses.replace(config, rope_scaling=_rope_scaling(file, config))
     return config
+
+
+def _rope_scaling(file: GGUF, config: TransformerConfig) -> tuple[float, ...]:
+    """Returns the known scaling of rotary positions that gives the divisors of a file.
+
+    Raises:
+      UserError: there is none.
+    """
+    divisors = file.read(ROPE_FREQS).reshape(-1)
+    plain = rotary.frequencies(config.head_dim, config.rope_base)
+    known = {size.rope_scaling for size in SIZES.values()} | {LLAMA31_SCALING}
+    for scaling in sorted(known):
+        scaled = rotary.frequencies(config.head_dim, config.rope_base, scaling)
+        if divisors.shape == plain.shape and np.allclose(plain / scaled, divisors, rtol=1e-4):
+            return scaling
+    raise UserError(f"{file.path}: {ROPE_FREQS} is not the rotary scaling of any known size")
 
 
 def _known_size(config: TransformerConfig) -> TransformerConfig | None:

@@ -379,6 +379,11 @@ def config_json(c: TransformerConfig, dtype: str, token_ids: Mapping[str, int]) 
     back = architecture(fields, "config.json")
     if math.isclose(back.query_scale, c.query_scale, rel_tol=1e-6):  # stored as a power of it
         back = dataclasses.replace(back, query_scale=c.query_scale)
+    # These are the same whatever the spelling of the pattern, and unused where no layer is local.
+    if back.is_local == c.is_local:
+        back = dataclasses.replace(back, layer_pattern=c.layer_pattern)
+    if not any(c.is_local):
+        back = dataclasses.replace(back, window=c.window, local_rope_base=c.local_rope_base)
     differing = differences(back, c)
     if differing:
         raise UserError(f"cannot be expressed as {class_name}: {'; '.join(differing)}")

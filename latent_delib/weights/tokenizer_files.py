@@ -42,7 +42,10 @@ def _lacks_tokens(path: Path) -> bool:
     def spelling(token: Any) -> Any:
         return token.get("content") if isinstance(token, dict) else token
 
-    model = SentencePieceProcessor(model_file=str(path))
+    try:
+        model = SentencePieceProcessor(model_file=str(path))
+    except RuntimeError as error:
+        raise UserError(f"tokenizer {path}: not a SentencePiece model ({error})") from None
     pieces = set(model.id_to_piece(list(range(model.vocab_size()))))
     for name, own in (("bos_token", model.bos_id()), ("eos_token", model.eos_id())):
         wanted = spelling(config.get(name))

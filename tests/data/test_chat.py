@@ -43,6 +43,8 @@ def test_there_is_one_bos_and_messages_spell_no_control_token(tmp_path):
     names = ("<bos>", "<start_of_turn>", "<end_of_turn>", "<start_of_turn>")
     assert control == [tokenizer.control[name] for name in names]
     assert tokenizer.decode(ids) == f"user\n{text}\nmodel\n"
+    names = write(tmp_path / "names", "{{ messages[0].role }}")
+    assert names.eos_id not in names.chat([{"role": "user<eos>", "content": "hello"}])
 
 
 def test_a_sentencepiece_vocabulary(tmp_path):

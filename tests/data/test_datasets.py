@@ -74,6 +74,8 @@ def test_texts_of_tfds(tfds_folder):
         "tfds:no_such_notes:train:body": f"no dataset 'no_such_notes' in {tfds_folder}",
         "tfds:tiny_notes:9.9.9:train:body": f"no dataset 'tiny_notes:9.9.9' in {tfds_folder}",
         "tfds:tiny_notes:dev:body": "no split 'dev', tiny_notes has train",
+        "tfds:tiny_notes:train[:1]+train[2:]:body": "unknown source 'tfds:tiny_notes:train[:1]+",
+        "tfds:tiny_notes:train+dev:body": "unknown source 'tfds:tiny_notes:train+dev:body'",
         "tfds:tiny_notes:train[10:]:body": "source 'tfds:tiny_notes:train[10:]:body': ",
         "tfds:tiny_notes:train[1]:body": "source 'tfds:tiny_notes:train[1]:body': ",
         "tfds:tiny_notes:train:text": "no text feature 'text'; text features: body",

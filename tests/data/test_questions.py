@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+from sentencepiece import sentencepiece_model_pb2
 
 from latent_delib.data import batches, questions, text, token_files
 from latent_delib.data.tokenizer import Tokenizer
@@ -39,6 +40,26 @@ def test_text_of_a_question(tokenizer, with_steps, text):
     prompt = tokenizer.encode("What is 3 + 4?\nAnswer:")
     assert tokens[: len(prompt)].tolist() == prompt
     assert prompt[-len(tokenizer.encode("Answer:")) :] == tokenizer.encode("Answer:")
+
+
+def test_a_vocabulary_that_puts_a_space_before_each_text(tmp_path):
+    """As Llama 2's: the end of the prompt has other tokens alone than after the question."""
+    path = tokenizer_files.tokenizer_path(locate.find_decoder("packaged"))
+    model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    model.normalizer_spec.add_dummy_prefix = True
+    (tmp_path / "tokenizer.model").write_bytes(model.SerializeToString())
+    spaced = Tokenizer(tmp_path / "tokenizer.model")
+    end = spaced.encode_in_text("Answer:")
+    assert end != spaced.encode("Answer:")
+    tokens, fault = questions.encode(line(), True, spaced)
+    assert not fault
+    prompt, reply = questions.parted(tokens.tolist(), spaced)
+    assert prompt == spaced.encode("What is 3 + 4?\nAnswer:")
+    assert prompt[-len(end) :] == end
+    words = Tokenizer(path)  # without such a space
+    assert reply == words.encode(" 3 + 4 is 7,") + words.encode(" ####") + words.encode(" 7\n")
+    assert tuple(words.encode(" ####")) == questions.steps_end(spaced)
+    assert questions.answer_in(spaced.decode(reply)) == "7"
 
 
 @pytest.mark.parametrize(

@@ -46,10 +46,8 @@ def test_sources_of_questions(text):
         assert sources.has_questions(source)
         assert (sources.has_steps(source), sources.removed_steps(source)) == expected
         assert sources.source_of(source) == source
-        assert sources.texts_of(source) == sources.texts_of(f"qa:{text}")
     plain = text if ":" in text else f"lines:{text}"
     assert not sources.has_questions(plain) and not sources.has_steps(plain)
-    assert sources.texts_of(plain) == sources.texts_of(f"qa:{text}")
 
 
 def test_another_number_of_features_is_refused():

@@ -18,7 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from latent_delib.data import batches
 from latent_delib.data import text as reader
 from latent_delib.data.rows import BadRecords
-from latent_delib.data.tokenizer import Tokenizer, fingerprint
+from latent_delib.data.tokenizer import Tokenizer, files, fingerprint
 from latent_delib.errors import UserError
 from latent_delib.weights import gguf_vocabulary
 
@@ -225,6 +225,12 @@ def test_gguf_prefixes_a_space_unless_it_says_no(sentencepiece_path, tmp_path):
         assert (
             found.encode(text) == expected.encode(text) and found.decode(found.encode(text)) == text
         )
+    plain = Tokenizer(sentencepiece_path)
+    for text in (" the cat", "the cat", "\nrain", ""):
+        ids = plain.encode(text)  # as in the middle of a text
+        for tokenizer in (plain, found):
+            assert tokenizer.encode_in_text(text) == ids
+            assert tokenizer.decode_in_text(ids) == tokenizer.settled(ids) == text
 
 
 def test_a_sentencepiece_vocabulary_gives_what_llama_cpp_gives(tmp_path):
@@ -332,8 +338,10 @@ def test_special_ids_of_sentencepiece(sentencepiece_path, tmp_path):
 
 
 def test_files_and_fingerprint(json_path, sentencepiece_path, library, tmp_path):
-    assert Tokenizer(sentencepiece_path).files == [sentencepiece_path]
-    assert Tokenizer(json_path).files == [json_path, json_path.with_name("tokenizer_config.json")]
+    assert files(sentencepiece_path) == [sentencepiece_path]
+    assert files(json_path) == [json_path, json_path.with_name("tokenizer_config.json")]
+    with pytest.raises(UserError, match=f"{tmp_path}: is a folder; name its tokenizer.model"):
+        Tokenizer(tmp_path)
     assert (
         fingerprint(str(sentencepiece_path))
         == hashlib.sha256(sentencepiece_path.read_bytes()).hexdigest()

@@ -27,5 +27,5 @@ def test_what_is_refused(tmp_path):
     (tmp_path / "2.txt").write_bytes(b"caf\xe9\n")
     with pytest.raises(UserError, match="^--text: .*2.txt is not UTF-8"):
         make_vocabulary(f"{tmp_path}/*.txt", SIZE, str(tmp_path / "out"), 2e7)
-    with pytest.raises(UserError, match="--characters=0: expected at least 1"):
+    with pytest.raises(UserError, match="--num_bytes=0: expected at least 1"):
         make_vocabulary(f"{tmp_path}/*.txt", SIZE, str(tmp_path / "out"), 0)

@@ -64,14 +64,16 @@ def interleaved(w, heads):
     return w.reshape(heads, 2, w.shape[0] // heads // 2, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
 
 
-def write(path, family, tokenizer_path, quantise=None, changed=None):
+def write(path, family, tokenizer_path, quantise=None, changed=None, scaling=None):
     """A golden model as llama.cpp's converter writes it.
 
     quantise: maps a name to a type. changed: key -> another value, or None for a key that is left
-    out.
+    out. scaling: another scaling of rotary positions.
     """
     config, tensors = stored(family)
     architecture = huggingface.architecture(config, "x")
+    if scaling:
+        architecture = dataclasses.replace(architecture, rope_base=5e5, rope_scaling=scaling)
     writer = gguf.GGUFWriter(path, family)
     hyper_parameters(writer, architecture)
     vocabulary(writer, tokenizer_path)
@@ -247,6 +249,21 @@ def test_a_quantised_model(hf, tokenizer_path, tmp_path):
         np.testing.assert_allclose(x, y, rtol=0, atol=step / 2 + 1e-3 * step + 1e-7, err_msg=name)
 
 
+@pytest.mark.parametrize("scaling", [(32.0, 1.0, 4.0, 8192.0), (8.0, 1.0, 4.0, 8192.0)])
+def test_a_model_of_no_known_size_with_a_known_scaling(tokenizer_path, tmp_path, scaling):
+    """For example, Llama 3.2 3B and Llama 3.1 8B."""
+    file = write(tmp_path / "model.gguf", "llama", tokenizer_path, scaling=scaling)
+    assert ours.open_source(file).architecture.rope_scaling == scaling
+
+
+def test_gemma_2_without_the_keys_that_came_later(tokenizer_path, tmp_path):
+    later = ("attention.sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
+    changed = {f"gemma2.{key}": None for key in later}
+    file = write(tmp_path / "model.gguf", "gemma2", tokenizer_path, changed=changed)
+    found = ours.open_source(file).architecture
+    assert (found.window, found.attn_softcap, found.final_softcap) == (4096, 50.0, 30.0)
+
+
 def test_unknown_scaling_is_refused(tokenizer_path, tmp_path):
     """rope_freqs.weight alone does not say the numbers it was made from."""
     file = write(tmp_path / "model.gguf", "llama", tokenizer_path)
@@ -261,7 +278,7 @@ def test_unknown_scaling_is_refused(tokenizer_path, tmp_path):
         ("gemma2.block_count", "five", ["gemma2.block_count='five'", "int"]),
         ("gemma2.block_count", None, ["gemma2.block_count", "missing"]),
         ("gemma2.attention.head_count", 0, ["head_count=0"]),
-        ("gemma2.attention.sliding_window", None, ["gemma2.attention.sliding_window=0"]),
+        ("gemma2.attention.sliding_window", 0, ["gemma2.attention.sliding_window=0"]),
         (
             "gemma2.attention.layer_norm_rms_epsilon",
             [1.0],

@@ -212,6 +212,18 @@ def test_config_json_there_and_back(size):
     assert huggingface.architecture(fields, "x") == SIZES[size]
 
 
+def test_a_pattern_may_be_spelled_in_several_ways():
+    """config.json lists the kind of each layer, so the spelling of the pattern is lost."""
+    gemma2 = TransformerConfig(4, 32, 4, 2, 48, 97, window=5, post_norms=True)
+    for pattern in (("local", "global"), ("local", "global") * 2, ("local",) * 5 + ("global",)):
+        one = dataclasses.replace(gemma2, layer_pattern=pattern)
+        back = huggingface.architecture(huggingface.config_json(one, "float32", {}), "x")
+        assert back.is_local == one.is_local
+    unused = dict(activation="silu", scale_embeddings=False, norm_offset=0.0, post_norms=False)
+    llama = dataclasses.replace(gemma2, **unused)
+    assert huggingface.architecture(huggingface.config_json(llama, "float32", {}), "x").window == 0
+
+
 def test_what_transformers_cannot_compute_is_not_exported():
     odd = TransformerConfig(
         2, 32, 4, 2, 48, 97, layer_pattern=("local", "global"), window=5, post_norms=True
@@ -568,6 +580,16 @@ def test_tokens_that_a_model_was_given_later(hf, changes, name):
     about["chat_template"] = "{{ bos_token }}<s>{{ messages }}<|im_end|>"
     (where / "tokenizer_config.json").write_text(json.dumps(about))
     assert tokenizer_files.tokenizer_path(where).name == name
+
+
+def test_a_tokenizer_that_was_not_downloaded(hf):
+    """Git LFS leaves a line of text in its place."""
+    where = hf("llama")
+    (where / "tokenizer_config.json").write_text("{}")
+    (where / "tokenizer.json").write_text("{}")
+    (where / "tokenizer.model").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(UserError, match="tokenizer.model: not a SentencePiece model"):
+        tokenizer_files.tokenizer_path(where)
 
 
 def test_a_tokenizer_larger_than_the_token_table(hf, tmp_path):
