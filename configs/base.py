@@ -38,8 +38,8 @@ def get_config() -> ConfigDict:
     # Latents are put only where the text ends with this, such as "Answer:", in training and
     # evaluation. Method "decoder" learns only the tokens that follow it. "": no such limit.
     c.method.prompt_end = ""
-    # How many text tokens before the latents the decoder still sees; the coprocessor sees them all.
-    # 0: all.
+    # How many of the last text tokens the decoder still sees once latents have joined; 0: all. The
+    # coprocessor sees all of them in any case.
     c.method.visible_text = 0
     c.method.assistant = ""  # for "assistant": path of another decoder of the same vocabulary
     # Weight, in [0, 1], of the divergence from a teacher; the loss of the text has the rest. The
@@ -82,8 +82,10 @@ def get_config() -> ConfigDict:
     c.train.wandb = ""  # a project of Weights & Biases that gets the metrics too; "": none
     c.train.checkpoint_every = 1000  # steps
     c.train.keep = 2  # newest checkpoints kept
-    c.train.keep_every = 0  # every so many steps a checkpoint is kept for good; 0: none
-    c.train.keep_best = 0  # this many of lowest loss, the mean since the save before, are kept too
+    c.train.keep_every = 0  # checkpoints whose step it divides are kept too; 0: none
+    # How many checkpoints of the lowest loss are kept too. The loss is the mean of the steps since
+    # the checkpoint before.
+    c.train.keep_best = 0
     # How many steps are skipped because loss or gradient is not finite, counted since the last
     # start; one more ends the job.
     c.train.max_bad_steps = 0

@@ -7,7 +7,8 @@ form with --table=FILE.
   task       a task or group of the harness, where its name is not the benchmark's; in a group every
              document counts the same
   shots      worked examples in the prompt
-  metric     by its name in the harness; reported in percent, except for bits_per_byte
+  metric     by its name in the harness: a score from 0 to 1 for each document, which is reported in
+             percent, or bits_per_byte
   filter     which reading of a generated answer counts, where the harness has several
   runs_code  the code that the model writes is run: only with --confirm_run_unsafe_code
 

@@ -93,7 +93,7 @@ def store_error(error: BaseException, path: Any) -> OSError | None:
     It is an Outage where a store does not answer. Clients of stores raise exceptions of any kind;
     tensorstore, for example, a ValueError with the error code in its text.
     """
-    if no_memory(error):
+    if isinstance(error, UserError) or no_memory(error):
         return None
     if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
         return error  # whatever words are in its path

@@ -93,6 +93,11 @@ def config_of_training(flags: Any) -> ConfigDict:
     if where is not None:
         meta = exported.read_fields(where, flags.step)["record"]
     else:
+        if flags.watch and not saved_steps.whole_steps(workdir):
+            raise UserError(
+                f"--watch: --workdir={workdir} has no checkpoint yet that says how it is trained; "
+                "give the training's --config"
+            )
         meta = saved_steps.read_meta(workdir, flags.step)
     config = load_config(str(BASE))
     with config.unlocked():

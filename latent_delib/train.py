@@ -57,23 +57,27 @@ from latent_delib.nn.transformer import Params
 
 MORE_MEMORY = (
     "lower config.train.batch_size or config.data.seq_len, raise config.train.accumulation or "
-    "config.mesh.fsdp, or set config.compute.remat=full"
+    "config.mesh.fsdp, or set config.compute.remat=full; where questions are asked, lower "
+    "config.evaluate.batch_size"
 )
 SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
 def main(flags: Any) -> None:
     distributed.split_cores(flags.config.compute.cpu_devices)
+    has_own_text = flags.text or flags.held_out
+    if has_own_text:
+        own_text.use_text(flags.config, flags.text, flags.held_out)
     if flags.search:
         search.search(flags.config, flags.workdir, flags.topology, sys.argv[1:])
         return
     if flags.dry_run or flags.topology:
         dry_run.dry_run(flags.config, flags.workdir, flags.topology)
         return
-    if flags.text or flags.held_out:
+    if has_own_text:
         if flags.distributed:
             raise UserError(f"--text={flags.text}: one process prepares it; run prepare first")
-        own_text.use_text(flags.config, flags.text, flags.held_out, flags.workdir)
+        own_text.make_tokens(flags.config, flags.workdir)
     with distributed.job(flags):
         code = train(flags.config, flags.workdir, ctrl_c=True)
     if code:
@@ -166,6 +170,8 @@ def run(exp: Experiment, workdir: str, stop: Stop) -> int:
             break
 
     # End.
+    if first < t.profile_at <= step < t.profile_at + 3:
+        end_trace(workdir)  # fewer than three steps
     metrics.close()
     checkpoints.close()
     stop.can_save = False
@@ -257,22 +263,32 @@ def init_state(exp: Experiment, plan: Plan, frozen: Params) -> tuple[Params, Any
 
 
 def trace_steps(profile_at: int, step: int, values: Any, workdir: str) -> None:
-    """Traces the three steps after `profile_at` into WORKDIR/profile."""
+    """Traces the three steps after `profile_at` into WORKDIR/profile, on process 0."""
     if step not in (profile_at, profile_at + 3):
         return
     jax.block_until_ready(values)  # a trace begins and ends between steps
+    if step == profile_at + 3:
+        end_trace(workdir)
+    elif jax.process_index() == 0:
+        jax.profiler.start_trace(str(folder_of_trace(workdir)))
+
+
+def end_trace(workdir: str) -> None:
+    """Ends a trace, and puts its files into WORKDIR/profile."""
     if jax.process_index():
-        return
-    folder = Path(workdir) / "profile"
-    if is_remote(workdir):
-        folder = Path(tempfile.gettempdir()) / f"latent_delib-profile-{os.getpid()}"
-    if step == profile_at:
-        jax.profiler.start_trace(str(folder))
         return
     jax.profiler.stop_trace()
     if is_remote(workdir):
+        folder = folder_of_trace(workdir)
         files.upload(folder, epath.Path(workdir) / "profile")
         shutil.rmtree(folder)
+
+
+def folder_of_trace(workdir: str) -> Path:
+    """Returns the local folder of a trace's files."""
+    if is_remote(workdir):
+        return Path(tempfile.gettempdir()) / f"latent_delib-profile-{os.getpid()}"
+    return Path(workdir) / "profile"
 
 
 if __name__ == "__main__":

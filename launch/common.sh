@@ -102,6 +102,7 @@ job() {
   ((${#COMMAND[@]})) || die "no command: ... -- python -m latent_delib.train --config=... --workdir=..."
   local argument bucket cache=()
   for argument in "${COMMAND[@]}"; do
+    [[ $1 != slice || $argument != --workdir ]] || die "--workdir: expected --workdir=gs://... in one word"
     [[ $1 == slice && $argument == --workdir=* ]] || continue
     [[ $argument == --workdir=gs://* ]] ||
       die "$argument: a slice's disks are not shared and go with it; expected gs://..."

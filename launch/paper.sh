@@ -59,6 +59,7 @@ while (($#)) && [[ $1 != -- ]]; do
   fi
   [[ $1 != *@* || $1 =~ @[0-9]+$ ]] || die "$1: expected a number behind @"
   case ${1%@*} in
+    */pretrain) die "$1: decoders are made by themselves, before the experiments that need them" ;;
     lab_gpu/assistant | b/assistant) die "$1: needs a second decoder of the same vocabulary, and $protocol has none" ;;
     hops/distilled) ;;
     */distilled) die "$1: needs questions with steps, so there is hops/distilled alone" ;;
@@ -200,7 +201,7 @@ for each in "${wanted[@]}"; do
   began=$SECONDS
   [[ -e $workdir/perplexity.json ]] || run latent_delib.train --config="$config" --workdir="$workdir" --config.seed="$seed" "${more[@]}"
   evaluate "$workdir"
-  if [[ ! $name =~ ^((static|pause|latent)_tokens|.*_static|cartridge|inserted|decoder.*|adapt_decoder|pretrain)$ ]]; then
+  if [[ ! $name =~ ^((static|pause|latent)_tokens|.*_static|cartridge|inserted|decoder.*|adapt_decoder)$ ]]; then
     evaluate "$workdir/swap" --config.evaluate.swap
   fi
   if [[ $protocol =~ ^(problems|depth|questions|hops)$ ]]; then

@@ -11,8 +11,9 @@
 #   ./launch/tpu_vm.sh delete NAME
 #
 # `run` adds --distributed and returns at once. `keep` does create, setup and run, then watches: a preempted slice is
-# asked for again; a job that died or was stopped is started again, and resumes. It ends when the job is done or has
-# failed with code 1. The job goes on without `keep`, and the same `keep` finds it again.
+# asked for again; a job that died or was stopped is started again, and resumes. It ends when the job is done, has failed
+# with code 1, 126 or 127, or has died more than `--restarts` times. The job goes on without `keep`, and the same `keep`
+# finds it again.
 #
 #   --accelerator=TYPE   v5litepod-N, v6e-N (chips), v4-N, v5p-N (cores, two per chip)
 #   --slices=1           how many such slices work on one job; every action needs it again. mesh.data is a multiple of it

@@ -125,10 +125,12 @@ def test_the_config_of_a_training(make_config, trained, tmp_path):
     workdir = tmp_path / "workdir"
     shutil.copytree(trained, workdir)
 
-    def read(step=None):
-        return evaluate.config_of_training(SimpleNamespace(workdir=str(workdir), step=step))
+    def read(step=None, watch=False):
+        flags = SimpleNamespace(workdir=str(workdir), step=step, watch=watch)
+        return evaluate.config_of_training(flags)
 
     expected = make_config().to_dict()
+    assert read(watch=True).to_dict() == expected
     assert read().to_dict() == read(2).to_dict() == expected
     newest = workdir / "checkpoints/4/meta/metadata"
     newest.write_text("{")
@@ -138,6 +140,8 @@ def test_the_config_of_a_training(make_config, trained, tmp_path):
     with pytest.raises(ld.UserError, match=r"no checkpoint of step 3; there are \[2, 4\]"):
         read(3)
     shutil.rmtree(workdir / "checkpoints")
+    with pytest.raises(ld.UserError, match="--watch: .* no checkpoint yet .* give the training's"):
+        read(watch=True)
     with pytest.raises(ld.UserError, match="holds no checkpoints; train it first; .* a --config"):
         read()
 

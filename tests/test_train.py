@@ -186,6 +186,14 @@ def test_a_text_of_your_own_is_prepared_trained_on_and_evaluated(config_file, tm
         ({"held_out": ""}, ["--text", "--held_out", "expected both"]),
         ({"text": "packaged/validation"}, ["--held_out=packaged/validation: ", "is in --text too"]),
         ({"text": "*", "held_out": "lines:./a.txt"}, ["--held_out=lines:./a.txt", "/a.txt is in"]),
+        (
+            {"text": "hf:me/notes:train:text", "held_out": "hf:me/notes@main:train:body"},
+            ["--held_out=hf:me/notes@main:train:body: hf:me/notes/:train is in --text too"],
+        ),
+        (
+            {"text": "tfds:notes:train:text", "held_out": "tfds:notes:train[90%:]:text"},
+            ["tfds:notes:train is in --text too"],
+        ),
         ({"text": "none*"}, ["source 'files:none*'", "no file matches"]),
         ({"config.data.token_files": "tokens"}, ["--text", "config.data.token_files=tokens"]),
         ({"config.train.steps": 0}, ["config.train.steps=0"]),
@@ -467,3 +475,27 @@ def test_a_trained_decoder_is_exported(
 def test_three_steps_are_traced(make_config, tmp_path):
     train.train(make_config({"train.profile_at": 1}), str(tmp_path))
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_a_trace_of_a_job_that_is_stopped(make_config, tmp_path, signal_before_step_3):
+    with signal_before_step_3(signal.SIGTERM):
+        assert train.train(make_config({"train.profile_at": 1}), str(tmp_path)) == 75
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_a_dry_run_is_of_the_text_that_is_named(config_file, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        train.dry_run, "dry_run", lambda config, *rest: seen.append(config.data.sources)
+    )
+    (tmp_path / "a.txt").write_text("a cat")
+    given = {
+        "config": config_file({"data.token_files": ""}),
+        "text": f"{tmp_path}/a.txt",
+        "workdir": f"{tmp_path}/run",
+        "dry_run": True,
+    }
+    small.named(run_command("train", **given), "--text", "--held_out", "expected both")
+    assert run_command("train", **given, held_out="packaged/validation") == ""
+    assert seen == [(f"files:{tmp_path}/a.txt",)]
+    assert not (tmp_path / "run").exists()

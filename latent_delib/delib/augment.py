@@ -47,7 +47,7 @@ class Augmentation:
     distill: weight in [0, 1] of the divergence from a teacher; the cross-entropy of the text has
       the rest. The teacher is the decoder that has read the whole row: steps that a trace skips,
       and text that `visible_text` hides.
-    visible_text: number of text tokens before the latents that the decoder still sees; 0: all.
+    visible_text: how many of the last text tokens the decoder still sees beside latents; 0: all.
     """
 
     transformer: Transformer

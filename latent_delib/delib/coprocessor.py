@@ -7,8 +7,8 @@ Latents are vectors z [B, M, L, D], which enter the decoder where token embeddin
 scaled again; or they are keys and values for each decoder layer (`Inserted`). In every `write_...`
 function, `params` is the dict of `delib.augment`.
 
-The decoder norms its inputs, so the length of a latent hardly matters to it. To weaken latents,
-scale values (`Inserted`) or lower their attention scores.
+Each decoder layer norms its inputs. So a shorter latent has a smaller effect, but one of length 0
+still has one. To weaken latents to nothing, scale values (`Inserted`) or lower attention scores.
 """
 
 from functools import partial
@@ -44,7 +44,7 @@ class Models(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """Holds what the decoder computed from a text; a method knows nothing else of the text.
+    """Holds what the decoder computed from a text: all that a method may know of the text.
 
     outputs: final-normed outputs [B, T, D].
     cache: the decoder's cache.

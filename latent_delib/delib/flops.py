@@ -148,6 +148,16 @@ def pass_of_assistant_too(w: Writing) -> Flops:
     return latents._replace(useful=latents.useful + text(w.config, w.text_tokens, w.seq_len))
 
 
+def pass_per_latent(w: Writing) -> Flops:
+    """Counts latents that are written one after another.
+
+    Under the remat "full" the backward pass repeats the steps, and in each of them its layers.
+    """
+    latents = one_pass(w)
+    times = 2 if w.remat == "full" else 1
+    return latents._replace(repeated=times * latents.repeated)
+
+
 def pass_per_thought(w: Writing) -> Flops:
-    """Counts one pass over all latents but the last, whose output is not used."""
-    return one_pass(w._replace(num_latents=w.num_latents - 1))
+    """Counts one pass over each latent but the last, whose output is not used."""
+    return pass_per_latent(w._replace(num_latents=w.num_latents - 1))

@@ -56,8 +56,8 @@ def start_from_assistant(
     """Starts from an assistant's own layers, and a random map to the decoder's width.
 
     The map keeps the mean square of its inputs, so the latents begin as large as those of a
-    coprocessor that starts from the decoder. A smaller map would not have a smaller effect, because
-    the decoder norms its inputs; it would have larger gradients.
+    coprocessor that starts from the decoder. A smaller map would have larger gradients, because
+    each decoder layer norms its inputs.
     """
     tree = start_from_decoder(key, assistant, models, num_latents)
     return tree | {"latents_out": _latents_out(jax.random.fold_in(key, 1), models)}

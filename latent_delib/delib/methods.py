@@ -181,6 +181,7 @@ METHODS = {
     "sequential": Method(
         coprocessor.start_from_decoder,
         coprocessor.write_one_after_another,
+        cost=flops.pass_per_latent,
     ),
     "resized": Method(
         mapped.start_resized,

@@ -117,8 +117,8 @@ def _check_optimizer(o: ConfigDict) -> None:
 def _check_train(t: ConfigDict) -> None:
     if t.profile_at and t.profile_at + 3 > t.steps:
         raise UserError(
-            f"config.train.profile_at={t.profile_at}: expected at most {t.steps - 3}, so that "
-            f"three steps follow it before config.train.steps={t.steps}"
+            f"config.train.profile_at={t.profile_at}: three steps are profiled after it, expected "
+            f"config.train.steps={t.steps} to be at least {t.profile_at + 3}"
         )
     if t.validate_every % t.log_every:
         raise UserError(
@@ -280,7 +280,7 @@ def _check_controls(config: ConfigDict) -> None:
 
 
 def _check_trace_length(config: ConfigDict) -> None:
-    """Raises UserError unless a row has room for the tokens and places that its settings count."""
+    """Raises UserError if a row is too short for the ahead tokens, traces or visible text."""
     m = config.method
     length = config.data.seq_len
     if METHODS[m.name].write is None:

@@ -91,6 +91,7 @@ class Metrics:
     def begin_row(self, step: int) -> None:
         """Starts the clock of the steps after `step`."""
         self.since_row = Mean()
+        self.held_out: dict[str, float] = {}
         self.waited = 0.0
         self.row_begin = step
         self.clock = time.perf_counter()
@@ -105,6 +106,7 @@ class Metrics:
     @contextlib.contextmanager
     def paused(self, values: Any) -> Iterator[None]:
         """Waits for a step's `values`, then stops the clock while the block runs."""
+        self.flush()  # its row must not have the time of this step
         jax.block_until_ready(values)
         began = time.perf_counter()
         yield
@@ -143,10 +145,11 @@ class Metrics:
         else:
             self._skip(f"step {step}: the loss is {loss}, the gradient norm {grad_norm}")
         self.predicted |= tokens > 0
+        self.held_out |= held_out  # where no row is written now, they go into the next
         if step % self.log_every and step != self.steps:
             return
         if self.since_row.tokens:
-            self._write_row(step, held_out)
+            self._write_row(step)
         elif not (self.predicted or self.saved):
             raise UserError(
                 f"step {step}: no token was predicted since step {self.row_begin}: no document "
@@ -172,7 +175,7 @@ class Metrics:
             "above 0"
         )
 
-    def _write_row(self, step: int, held_out: dict[str, float]) -> None:
+    def _write_row(self, step: int) -> None:
         """Writes the row of the steps since the last one, and prints it."""
         count = step - self.row_begin
         seconds = (time.perf_counter() - self.clock) / count
@@ -190,7 +193,7 @@ class Metrics:
             row["bad_steps"] = self.bad
         if math.isfinite(utilisation):
             row["model_flops_utilisation"] = utilisation
-        row |= held_out
+        row |= self.held_out
         self.begin_row(step)  # the next row counts the time of writing this one
         for log in self.logs:
             log.write(row)

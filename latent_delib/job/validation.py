@@ -52,7 +52,7 @@ class Validation:
             self._mean(self.sums, trainable)  # raises now, not in the middle of training
 
     def is_due(self, step: int) -> bool:
-        """Tells whether a step is one of every `train.validate_every`, or the last."""
+        """Tells whether `train.validate_every` divides a step, or it is the last."""
         return step % self.every == 0 or step == self.steps
 
     def __call__(self, trainable: Params) -> dict[str, float]:

@@ -312,7 +312,7 @@ def _disk_errors(path: epath.Path) -> Iterator[None]:
     """Raises errors of a disk or store as OSError; errors of a device or process stay the same."""
     try:
         yield
-    except (UserError, jax.errors.JaxRuntimeError):
+    except jax.errors.JaxRuntimeError:
         raise
     except Exception as error:
         raise store_error(error, path) or error from None

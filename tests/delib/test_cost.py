@@ -88,6 +88,10 @@ def test_what_is_done_beyond_that():
     assert again("attention", "decoder") == 3 * 64 * products
     assert again("none", "sequential") == again("none", "inserted") == 0
     assert again("attention", "sequential") == tokens * products
+    text_too = again("full") - again("attention")  # attention over the text
+    more = again("full", "sequential") - again("full")  # every step of writing, twice
+    share = 4 / (4 + 4 + 6 - 1)
+    np.testing.assert_allclose(more, share * (tokens * products + text_too), rtol=1e-6)
     assert again("attention", "inserted") == (tokens - 3 * 5 * 4) * products
     assert (
         again("attention", "joint")

@@ -86,6 +86,7 @@ def test_mistakes(make_config, change, said):
 
 def test_a_teacher_needs_steps_to_read(make_config, sources, tmp_path):
     """In the text that is trained on, and in that of the validation."""
+    (tmp_path / "a.jsonl").touch()
     with_steps = (f"qa_steps:{tmp_path}/a.jsonl",)
     distilled = {"method.distill": 0.5, "method.prompt_end": "Answer:"}
     both = distilled | {"data.sources": with_steps, "train.validate_every": 1}
@@ -98,7 +99,8 @@ def test_a_teacher_needs_steps_to_read(make_config, sources, tmp_path):
             train.train(config, str(tmp_path / "workdir"))
     config = make_config(distilled | {"data.token_files": ""})
     with pytest.raises(UserError, match=r"no .* steps in .* config.data.sources"):
-        own_text.use_text(config, sources["train"], with_steps[0], str(tmp_path / "workdir"))
+        own_text.use_text(config, sources["train"], with_steps[0])
+        own_text.make_tokens(config, str(tmp_path / "workdir"))
     assert not (tmp_path / "workdir").exists()
 
 

@@ -32,6 +32,45 @@ def test_the_times_of_all_rows_add_up(make_config, tmp_path, monkeypatch):
     assert [row["learning_rate"] for row in rows] == [0, 2, 4]
 
 
+def test_a_validation_splits_the_time_between_rows(make_config, tmp_path, monkeypatch):
+    """The row of the step before is still pending when a validation waits for its own step."""
+    now = 0.0
+    rows = []
+    clock = types.SimpleNamespace(perf_counter=lambda: now, time=lambda: now)
+    monkeypatch.setattr(metrics, "time", clock)
+
+    def wait(values):  # for the step that is running
+        nonlocal now
+        now += 2
+
+    monkeypatch.setattr(metrics.jax, "block_until_ready", wait)
+    exp = experiment.read(make_config({"train.log_every": 1}))
+    found = metrics.Metrics(exp, str(tmp_path / "workdir"), 0, lambda step: 1.0)
+    found.logs = [types.SimpleNamespace(write=rows.append)]
+    found.begin_row(0)
+    now += 2
+    found.push(1, {"loss": 4.0, "tokens": 8.0, "grad_norm": 1.0})
+    with found.paused(None):
+        now += 100
+    found.push(2, {"loss": 4.0, "tokens": 8.0, "grad_norm": 1.0}, {"validation_loss": 3.0})
+    found.flush()
+    assert [row["step_seconds"] for row in rows] == [2, 2]
+    assert rows[1]["validation_loss"] == 3.0 and "validation_loss" not in rows[0]
+
+
+def test_figures_of_a_step_without_a_row_go_into_the_next(make_config, tmp_path):
+    rows = []
+    exp = experiment.read(make_config({"train.log_every": 1, "train.max_bad_steps": 1}))
+    found = metrics.Metrics(exp, str(tmp_path / "workdir"), 0, lambda step: 1.0)
+    found.logs = [types.SimpleNamespace(write=rows.append)]
+    bad = {"loss": float("nan"), "tokens": 8.0, "grad_norm": 1.0}
+    found.push(1, bad, {"validation_loss": 3.0})
+    found.push(2, bad | {"loss": 4.0})
+    found.push(3, bad | {"loss": 4.0})
+    found.flush()
+    assert [row.get("validation_loss") for row in rows] == [3.0, None]
+
+
 def test_a_row_is_the_mean_over_the_tokens_of_its_steps(make_config, tmp_path, monkeypatch):
     """A validation takes none of their time."""
     now = 0.0

@@ -279,6 +279,13 @@ def test_questions_of_before_there_were_hops_are_not_overwritten(here: Path) -> 
     assert not (here / "calls").exists()
 
 
+def test_decoders_are_not_asked_for(here: Path) -> None:
+    for name in ("lab/pretrain", "hops/pretrain@1"):
+        (said,) = run_paper(here, name, code=1)
+        assert said.startswith(f"error: {name}: decoders are made by themselves")
+    assert not (here / "calls").exists()
+
+
 def test_the_script_knows_all_protocols() -> None:
     script = (ROOT / "launch/paper.sh").read_text()
     assert f"protocols='{' '.join(paper.PROTOCOLS)}'" in script

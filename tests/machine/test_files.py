@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from latent_delib import errors
 from latent_delib.errors import Outage, UserError
 from latent_delib.machine import files
 
@@ -94,6 +95,12 @@ def test_a_full_disk_is_told_of_with_the_path_that_the_user_gave(tmp_path, small
         raise Outage(errno.ECONNABORTED, "UNAVAILABLE")
     assert error.value.filename == str(tmp_path / "out")
     assert names(tmp_path) == []
+
+
+def test_a_mistake_is_no_outage(tmp_path):
+    """Whatever words are in its message."""
+    with pytest.raises(UserError), errors.store_errors(tmp_path):
+        raise UserError("/work/connection: is empty")
 
 
 def test_a_temporary_name_is_nobody_s_business(tmp_path):
