@@ -102,6 +102,7 @@ def _check_flags(flags: Any, chosen: dict[str, Row]) -> None:
     check_rhythm(flags.every, flags.delay)
     check_attention(flags.attention)
     arguments.whole("--batch_size", flags.batch_size, 1)
+    arguments.whole("--max_length", flags.max_length, 2)
     if flags.limit is not None:
         arguments.whole("--limit", flags.limit, 1)
     for name, row in chosen.items():

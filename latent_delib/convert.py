@@ -238,10 +238,13 @@ def export_coprocessor(workdir: str, out: Path) -> None:
 
 
 def evaluation_of(workdir: str, record: Record) -> dict[str, Any] | None:
-    """Returns the evaluation of a checkpoint in its workdir; None where there is none."""
+    """Returns the evaluation of a checkpoint in its workdir.
+
+    It is None where there is none, or one that a version before 0.2 wrote.
+    """
     file = epath.Path(workdir) / "perplexity.json"
     found = json.loads(file.read_text()) if file.exists() else {}
-    return found if found.get("step") == record.step else None
+    return found if found.get("step") == record.step and "interval_over" in found else None
 
 
 def describe(config: TransformerConfig, wanted: TransformerConfig | None, where: str) -> None:

@@ -404,6 +404,15 @@ def test_no_worked_example_is_the_asked_question(says, tmp_path):
         assert prompt.count(sample["doc"]["question"]) == 1
 
 
+def test_a_task_of_dates_has_text(tmp_path):
+    """`datasets` would make times of them, if it read the file."""
+    rows = {"test": [{"question": "When?", "answer": "2020-01-02"}]}
+    make_tasks.write_task(tmp_path, "syllogism", rows)
+    loaded = harness.load_local_task("syllogism", str(tmp_path))["tasks"]["syllogism"]
+    (doc,) = loaded.eval_docs
+    assert doc == rows["test"][0]
+
+
 def test_a_data_file_of_another_name_is_refused(tmp_path):
     """`benchmark` would not see that its questions changed."""
     make_tasks.write_task(tmp_path, "syllogism", {"test": [{"question": "?"}]})
@@ -565,6 +574,10 @@ def test_questions_of_your_own(call, lm, tmp_path, monkeypatch):
     longest = len(" it fell #### 7\n")
     prompts = ["the cat?", "the dog?", "rain?", "hills?"]
     assert asked == [(prompts, max(longest, len(" it ran #### a hill\n")), ["\n"])]
+    dates = [{"question": word, "answer": "2020-01-02"} for word in ("the cat", "rain")]
+    file.write_text("".join(json.dumps(row) + "\n" for row in dates))
+    loaded = harness.load_questions(str(file))["tasks"]["mine"]
+    assert [loaded.doc_to_target(doc) for doc in loaded.eval_docs] == ["2020-01-02"] * 2
     file.write_text('{"question": "the cat"}\n')
     assert re.search(r"mine.jsonl: line 1: 'answer' is None", call(f"qa:{file}"))
     file.write_text(json.dumps({"question": "a", "answer": "\ud800"}) + "\n")
@@ -724,6 +737,7 @@ def test_rows_made_in_another_way_are_refused(call, trained, tmp_path):
     assert "another checkpoint" in call("syllogism", step=2)
     assert "another config" in call("syllogism", workdir="", decoder="packaged")
     assert "chain_sum has answers of up to 16 tokens" in call("chain_sum", max_length=17)
+    assert "--max_length=1: expected at least 2" in call("syllogism", max_length=1)
     file = tmp_path / "out" / "benchmarks.json"
     later = ("architecture", "assistant")  # fields that older files lack
     file.write_text(json.dumps({key: written[key] for key in written if key not in later}))
@@ -826,6 +840,9 @@ def test_a_task_that_the_harness_does_not_have():
 def test_a_metric_that_a_task_does_not_have():
     with pytest.raises(ld.UserError, match="arc: .*'f1'"):
         scores.summarize_scores([{"acc": 1.0, "metrics": ["acc"]}], "f1", "arc")
+    for value in ((-40.0, 9), -2.5):  # of word_perplexity, and of perplexity
+        with pytest.raises(ld.UserError, match=r"arc: metric 'ppl' is .*, expected a score from 0"):
+            scores.summarize_scores([{"ppl": value, "metrics": ["ppl"]}], "ppl", "arc")
 
 
 def test_without_the_network(monkeypatch):

@@ -10,6 +10,7 @@ import small
 
 import latent_delib as ld
 from latent_delib import evaluate, train
+from latent_delib.convert import convert
 from latent_delib.job.record import Record
 from tests.golden import make_run
 
@@ -39,6 +40,13 @@ def test_it_is_read_as_it_was(expected):
 
     lm = ld.AugmentedLM(ld.load_decoder("decoder"), ld.load_coprocessor("workdir"))
     assert lm.latents([[2, 300 - 1, 5]], [[2]]).shape == (1, 1, 2, 8)
+
+
+def test_it_is_exported_without_its_evaluation(expected):
+    """Version 0.1 did not write how its intervals came about."""
+    Path("workdir/perplexity.json").write_text(json.dumps({"step": 2, "rows": []}))
+    convert("workdir", "exported")
+    assert "perplexity" not in Path("exported/README.md").read_text()
 
 
 def test_it_resumes(expected):

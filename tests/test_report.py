@@ -27,6 +27,7 @@ from latent_delib.results import (
     entries,
     evaluation,
     figures,
+    packed,
     published,
     runs,
     table_format,
@@ -762,6 +763,12 @@ def test_packed_runs_give_the_same_report(found, by_name, tmp_path, monkeypatch)
     Path("runs/only.zip").write_bytes(contents[Path("runs/only.zip")][:-30])
     with pytest.raises(ld.UserError, match="runs/only.zip: not a zip archive"):
         runs.find(["runs"])
+    damaged = bytearray(contents[Path("runs/only.zip")])
+    damaged[len(damaged) // 2] ^= 1
+    Path("runs/only.zip").write_bytes(damaged)
+    with pytest.raises(ld.UserError, match="runs/only/.*: damaged"):
+        for file in packed.files_in(Path("runs/only.zip")):
+            file.read()
 
 
 def test_the_stored_runs_open(tmp_path):

@@ -11,7 +11,7 @@ from latent_delib import mesh as mesh_lib
 from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.errors import UserError
 from latent_delib.job.build import ATTENTION, DTYPES
-from latent_delib.lm.sampling import Sampler
+from latent_delib.lm.sampling import Sampler, options
 from latent_delib.machine import arguments
 
 _END = "the decoder's table of learned positions ends there"
@@ -56,9 +56,13 @@ def check_options(
         or no model is loaded yet.
 
     Raises:
-      UserError: an option is of the wrong type or out of range.
+      UserError: an option is unknown, of the wrong type or out of range.
     """
     max_new_tokens = arguments.whole("max_new_tokens", max_new_tokens, 1)
+    known = options()
+    for name in sampling:
+        if name not in known:
+            raise UserError(f"{name}: unknown option, expected one of {', '.join(known)}")
     sampler = Sampler(**sampling).checked()
     every, delay = check_rhythm(every, delay, own)
     return GenerationOptions(max_new_tokens, sampler, every or own, delay)
@@ -117,10 +121,15 @@ def random_keys(seed: int | Sequence[int], count: int) -> list[jax.Array]:
     return [jax.random.fold_in(jax.random.key(one), 0) for one in seeds]
 
 
-def token_ids(name: str, text: Prompt, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
-    """Returns the tokens of a text, without BOS; token ids stay as they are."""
+def token_ids(
+    name: str, text: Prompt, tokenizer: Tokenizer, vocab_size: int, follows: bool = False
+) -> list[int]:
+    """Returns the tokens of a text, without BOS; token ids stay as they are.
+
+    follows: whether the text follows another.
+    """
     if isinstance(text, str):
-        return tokenizer.encode(text)
+        return tokenizer.encode_in_text(text) if follows else tokenizer.encode(text)
     ids = arguments.token_ids(name, text, "text or a list of token ids")
     for token in ids:
         if not 0 <= token < vocab_size:

@@ -75,7 +75,7 @@ class Coprocessor:
     architecture: the coprocessor's architecture; None: the decoder's.
     every: number of tokens after which its latents recur; 0: they do not.
     assistant: the other decoder whose cache it reads, or None.
-    visible_text: number of text tokens before the latents that the decoder still sees; 0: all.
+    visible_text: how many of the last text tokens the decoder still sees beside latents; 0: all.
     """
 
     params: Params

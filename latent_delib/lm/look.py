@@ -17,7 +17,6 @@ from flax.core.tracers import current_trace
 from latent_delib.delib import augment
 from latent_delib.delib.augment import Augmentation
 from latent_delib.errors import UserError
-from latent_delib.lm import inputs
 from latent_delib.lm.model import AugmentedLM
 from latent_delib.machine import arguments
 from latent_delib.nn.cache import Cache
@@ -81,12 +80,8 @@ def cache(lm: AugmentedLM, tokens_BT: Any) -> Cache:
     Raises:
       UserError: the tokens are not integers [B, T] of the vocabulary.
     """
-    tokens = _token_array(lm, tokens_BT)
+    tokens = lm.token_array(tokens_BT)
     return _read(lm.params, tokens, aug=lm.plain, dtype=lm.dtype)
-
-
-def _token_array(lm: AugmentedLM, tokens_BT: Any) -> jax.Array:
-    return inputs.token_array(tokens_BT, lm.decoder.config.vocab_size, 1, lm.aug.longest_text)
 
 
 @partial(jax.jit, static_argnames=("aug", "dtype"))
@@ -117,7 +112,7 @@ def attention(
     """
     if not lm.aug.writes_latents:
         raise UserError("this model has no coprocessor, so no latents")
-    text = _token_array(lm, [tokens])
+    text = lm.token_array([tokens])
     at = arguments.whole("at", at, -arguments.INT32)
     if not 0 <= at < len(tokens) - 2:
         raise UserError(

@@ -87,7 +87,7 @@ class AugmentedLM:
 
     def logits(self, tokens_BT: jax.Array) -> jax.Array:
         """Returns the plain decoder's logits, float32 [B, T, V]."""
-        tokens = self._token_array(tokens_BT)
+        tokens = self.token_array(tokens_BT)
         return scoring.score_vocabulary(self.params, tokens, aug=self.aug, dtype=self.dtype)
 
     def latents(self, tokens_BT: jax.Array, positions_BM: jax.Array) -> Latents:
@@ -97,7 +97,7 @@ class AugmentedLM:
         """
         if self.coprocessor is None:
             raise UserError("this model has no coprocessor, so no latents")
-        tokens = self._token_array(tokens_BT)
+        tokens = self.token_array(tokens_BT)
         positions = inputs.position_array(positions_BM, tokens, 0, self.mesh)
         return scoring.write_latents_at(
             self.params, tokens, positions, aug=self.aug, dtype=self.dtype
@@ -117,7 +117,7 @@ class AugmentedLM:
           both are the decoder's.
         """
         ahead = arguments.whole("ahead", ahead, 1)
-        tokens = self._token_array(tokens_BT)
+        tokens = self.token_array(tokens_BT)
         positions = inputs.position_array(positions_BM, tokens, ahead, self.mesh)
         return scoring.score_ahead(
             self.params, tokens, positions, aug=self.aug, dtype=self.dtype, ahead=ahead
@@ -148,7 +148,7 @@ class AugmentedLM:
         batch_size = arguments.whole("batch_size", batch_size, 1)
         if len(prompts) != len(continuations):
             raise UserError(f"{len(prompts)} prompts, but {len(continuations)} continuations")
-        tails = [self._ids(f"continuations[{i}]", tail) for i, tail in enumerate(continuations)]
+        tails = [self._ids(f"continuations[{i}]", t, True) for i, t in enumerate(continuations)]
         if [] in tails:
             raise UserError(f"continuations[{tails.index([])}] is empty")
         heads = []
@@ -264,8 +264,8 @@ class AugmentedLM:
         keys = inputs.random_keys(seed, len(prompts))
         heads = self._heads(prompts, options.max_new_tokens)
         found: dict[int, Continuation] = {}
-        keys_of_heads = [(1, len(head)) for head in heads]
-        for chosen in batching.by_shape(keys_of_heads, lambda key: batch_size):
+        shapes = [(1, len(head)) for head in heads]
+        for chosen in batching.by_shape(shapes, lambda shape: batch_size):
 
             def stopped(new_BN: np.ndarray, rows: int = len(chosen)) -> np.ndarray:
                 if progress:
@@ -349,10 +349,9 @@ class AugmentedLM:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Returns each continuation's log p, and whether it is the greedy one, [B, M]."""
         text, length = self._pad([group.head for group in batch])
-        traces = mesh_lib.shards(self.mesh, "traces")
-        tails_BMA, inside_BMA = batching.pad_tails(
-            batch, tails, len(length), self.tokenizer.pad_id, traces
-        )
+        shards = mesh_lib.shards(self.mesh, "traces")
+        pad_id = self.tokenizer.pad_id
+        tails_BMA, inside_BMA = batching.pad_tails(batch, tails, len(length), pad_id, shards)
         aug = self.aug if augment else self.plain
         logp_BMA, likeliest_BMA = scoring.score_tails(
             self.params, text, length, self._rows(tails_BMA), aug=aug, dtype=self.dtype
@@ -360,8 +359,8 @@ class AugmentedLM:
         sums_BM = np.where(inside_BMA, np.asarray(logp_BMA), 0).sum(axis=2)
         return sums_BM, np.all(np.asarray(likeliest_BMA) | ~inside_BMA, axis=2)
 
-    def _ids(self, name: str, text: Prompt) -> list[int]:
-        return inputs.token_ids(name, text, self.tokenizer, self.decoder.config.vocab_size)
+    def _ids(self, name: str, text: Prompt, follows: bool = False) -> list[int]:
+        return inputs.token_ids(name, text, self.tokenizer, self.decoder.config.vocab_size, follows)
 
     def _heads(self, prompts: Sequence[Prompt], new: int) -> list[list[int]]:
         """Returns the tokens of prompts, none of which may be an empty text."""
@@ -380,7 +379,8 @@ class AugmentedLM:
         inputs.check_length(name, len(ids), new, self.max_length, self.aug.longest_text)
         return ids
 
-    def _token_array(self, tokens_BT: Any) -> jax.Array:
+    def token_array(self, tokens_BT: Any) -> jax.Array:
+        """Returns the tokens of texts, one per row, as an array; raises UserError for others."""
         row_shards = mesh_lib.shards(self.mesh, "batch")
         vocab_size = self.decoder.config.vocab_size
         return inputs.token_array(tokens_BT, vocab_size, row_shards, self.aug.longest_text)

@@ -84,7 +84,8 @@ def options() -> dict[str, tuple[Any, str]]:
 class Continuation(NamedTuple):
     """Holds the continuation of a prompt.
 
-    tokens: int32 [new], padded after EOS.
+    tokens: int32 [max_new_tokens], padded after EOS. A few tokens may follow a stop string, which
+      `text` does not have.
     joined: the numbers of tokens after which latents joined.
     """
 
@@ -125,7 +126,7 @@ class Endings:
 
     def cut(self, new_N: np.ndarray) -> str:
         """Returns the text of new tokens up to the first ending."""
-        return self._before(self.tokenizer.decode(self._kept(new_N)))
+        return self._before(self.tokenizer.decode_in_text(self._kept(new_N)))
 
     def pieces(self, chunks: Iterable[np.ndarray]) -> Iterator[str]:
         """Yields the text of new tokens in pieces, as it grows.

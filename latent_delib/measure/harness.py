@@ -9,11 +9,13 @@ import contextlib
 import functools
 import itertools
 import json
+import logging
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import yaml
 from lm_eval import evaluator
 from lm_eval.api.instance import Instance
@@ -161,8 +163,8 @@ class Adapter(TemplateLM):
         requests = []
         for number, doc in enumerate(itertools.islice(task.eval_docs, limit)):
             question = _question(doc)
-            prompt = self._cut(self.tok_encode(question.prompt()), room)
-            reply = self.tok_encode(question.reply(with_steps=False), add_special_tokens=False)
+            reply = self.lm.tokenizer.encode_in_text(question.reply(with_steps=False))
+            prompt = self._cut(self.tok_encode(question.prompt()), max(room, len(reply)))
             if len(reply) + 2 > self.lm.max_length:  # BOS, and one token that asks
                 raise UserError(
                     f"--max_length={self.lm.max_length}: document {number} of {name} has an "
@@ -196,25 +198,24 @@ def load_local_task(task: str, folder: str) -> Tasks:
             f"{path}: no such file; tools.make_tasks makes the tasks of configs/benchmarks.py, and "
             "tools.make_problems those of configs/problems.py; --tasks names the folder"
         )
+    rows = {}
     with _loading(path):
         spec = yaml.safe_load(path.read_text())
-        files = spec["dataset_kwargs"]["data_files"]
-        for split, name in files.items():
+        for split, name in spec["dataset_kwargs"]["data_files"].items():
             if Path(name).name != name or not name.startswith(f"{task}."):  # others have no digest
                 raise UserError(f"{path}: data file {name!r}: expected {task}.{split}.jsonl")
-            files[split] = str((path.parent / name).resolve())
-            _check_json_lines(files[split])
-        return TaskManager(include_defaults=False).load([spec])
+            rows[split] = _read_json_lines(path.parent / name)
+        return _load(spec, rows)
 
 
 def load_questions(path: str) -> Tasks:
     """Makes a task of a file of questions and answers (see `data.questions`).
 
     Raises:
-      UserError: the file is missing or empty, or a line has another form or something that
-        `datasets` cannot read.
+      UserError: the file is missing or empty, or a line has another form or text that is not
+        Unicode.
     """
-    replies = []
+    asked = []
     try:
         lines = Path(path).read_bytes().splitlines()
     except OSError as error:
@@ -226,19 +227,42 @@ def load_questions(path: str) -> Tasks:
             question = questions.read(line, with_steps=False)
         except ValueError as error:
             raise UserError(f"{path}: line {number}: {error}") from None
-        replies.append(question.reply(bool(question.steps)))
-    if not replies:
+        asked.append(question)
+    if not asked:
         raise UserError(f"{path}: holds no questions")
+    replies = [question.reply(bool(question.steps)) for question in asked]
     with _loading(path):
-        return TaskManager(include_defaults=False).load([_task_of_questions(path, replies)])
+        rows = [question._asdict() for question in asked]
+        return _load(_task_of_questions(path, replies), {"test": rows})
+
+
+def _load(spec: dict[str, Any], rows: Mapping[str, Sequence[dict[str, Any]]]) -> Tasks:
+    """Loads a task of these rows, by split.
+
+    The library `datasets` is not given the file: it would turn a column of dates into other text.
+    """
+    found = {split: datasets.Dataset.from_list(list(some)) for split, some in rows.items()}
+    ours = {"dataset_path": None, "dataset_kwargs": None, "custom_dataset": lambda **_: found}
+    with _without_warnings("lm_eval.api.task"):  # it has one for every task with rows of its own
+        return TaskManager(include_defaults=False).load([spec | ours])
+
+
+@contextlib.contextmanager
+def _without_warnings(name: str) -> Iterator[None]:
+    """Hides the warnings of a logger."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _task_of_questions(path: str, replies: Sequence[str]) -> dict[str, Any]:
     """Returns a task, as the harness's own yaml files describe one, of a file of questions."""
     return {
         "task": Path(path).stem,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(Path(path).resolve())}},
         "test_split": "test",
         "output_type": "generate_until",
         # Functions, not templates: the harness turns a target in brackets into a list.
@@ -278,11 +302,10 @@ def _loading(path: str | Path) -> Iterator[None]:
         raise UserError(f"{path}: the task cannot be loaded ({reason(error)})") from None
 
 
-def _check_json_lines(path: str) -> None:
-    """Raises UserError unless a file is JSON lines; `datasets` would not name a damaged file."""
+def _read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Reads a file of JSON lines. Raises UserError if it is missing or damaged."""
     try:
-        for line in Path(path).read_bytes().splitlines():
-            json.loads(line)
+        return [json.loads(line) for line in path.read_bytes().splitlines()]
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: {reason(error)}") from None
 

@@ -56,8 +56,9 @@ def interval(tokens: np.ndarray, change: np.ndarray, work: np.ndarray, seed: int
         total_change, total_tokens = np.split(np.array(resampled), 2, axis=1)
         mean = np.full_like(total_change, np.nan)
         np.divide(total_change, total_tokens, out=mean, where=total_tokens > 0)
-        ends = np.nanpercentile(mean, _percentiles(units), axis=0)
-        found[:, known] = 100 * np.expm1(ends)
+        for n, values in zip(np.flatnonzero(known), mean.T):
+            ends = np.nanpercentile(values, _percentiles(np.count_nonzero(tokens[:, n])))
+            found[:, n] = 100 * np.expm1(ends)
     return found
 
 
@@ -74,7 +75,7 @@ def sum_units(values: np.ndarray, unit: np.ndarray) -> np.ndarray:
 
 
 def _percentiles(units: int) -> np.ndarray:
-    """Returns the two percentiles of a 95 % interval from this many units.
+    """Returns the two percentiles of a 95 % interval from this many units with a token.
 
     They are 2.5 and 97.5 for many units. For few they lie further out, by as much as Student's
     interval of a mean is wider than the bootstrap's (the expanded percentiles of Hesterberg, The

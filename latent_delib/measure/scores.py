@@ -43,7 +43,7 @@ def summarize_scores(samples: Sequence[Row], metric: str, name: str = "") -> Row
       name: the benchmark's name, for the message.
 
     Raises:
-      UserError: the documents have no such metric.
+      UserError: the documents have no such metric, or it is no score from 0 to 1 for each.
     """
     values = [sample[metric] for sample in samples if metric in sample]
     if not values:
@@ -59,7 +59,13 @@ def summarize_scores(samples: Sequence[Row], metric: str, name: str = "") -> Row
         value, stderr, low, high = _ratio(-logp / math.log(2), num_bytes)
     else:
         unit = "percent"
-        value, stderr, low, high = percent(np.array(values, np.float64))
+        scores = np.array(values, np.float64)
+        if scores.ndim != 1 or scores.min() < 0 or scores.max() > 1:
+            raise UserError(
+                f"{name}: metric {metric!r} is {values[0]!r} for the first document, expected a "
+                "score from 0 to 1, or metric bits_per_byte"
+            )
+        value, stderr, low, high = percent(scores)
     row = {
         "metric": metric,
         "unit": unit,

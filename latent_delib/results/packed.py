@@ -7,8 +7,10 @@ docs/results/a/after@0.zip holds docs/results/a/after@0/swap/perplexity.json.
 
 import io
 import json
+import lzma
 import os
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -24,6 +26,8 @@ METRICS = "metrics.jsonl"
 DOCUMENTS = "documents.npz"
 NAMES = (*RESULTS, METRICS, DOCUMENTS)
 SKIPPED = ("checkpoints", "tensorboard")  # large, and hold no run
+
+DAMAGE = (zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, ValueError)
 
 Arrays = dict[str, np.ndarray]
 
@@ -42,12 +46,15 @@ class File(NamedTuple):
         """Returns the content: .json a dict, .jsonl a list of dicts, .npz arrays by name.
 
         Raises:
-          UserError: the content is not JSON.
+          UserError: the content is not JSON, or damaged.
         """
-        content = self.read_bytes()
-        if self.path.suffix == ".npz":
-            with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-                return dict(arrays)
+        try:
+            content = self.read_bytes()
+            if self.path.suffix == ".npz":
+                with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+                    return dict(arrays)
+        except DAMAGE as error:
+            raise UserError(f"{self.path}: damaged ({error})") from None
         if self.path.suffix == ".jsonl":
             return _parse_lines(content, str(self.path))
         return _parse(content, str(self.path))

@@ -942,6 +942,10 @@ MISTAKES = {
         lambda lm, d: lm.generate(["a"], top_p=2.0),
         "^top_p=2.0: expected above 0, at most 1",
     ),
+    "unknown option": (
+        lambda lm, d: lm.generate(["a"], temprature=1.0),
+        "^temprature: unknown option, expected one of temperature, top_k, top_p",
+    ),
     "continuations": (
         lambda lm, d: lm.logprobs(["a", "b"], ["c"]),
         "2 prompts, but 1 continuations",

@@ -122,6 +122,12 @@ def test_the_cache_of_a_text(decoder, tokens):
     assert (found.v[:, 0, AT:] != found.v[:, 1, AT:]).any() and ld.look is look
 
 
+def test_rows_that_do_not_split_over_devices(decoder, tokens):
+    mesh = ld.mesh.make({"data": 2}, jax.devices()[:2])
+    with pytest.raises(ld.UserError, match="tokens: 3 rows do not split over 2 devices"):
+        ld.look.cache(ld.AugmentedLM(decoder, mesh=mesh), [tokens] * 3)
+
+
 def test_nearest_words(decoder):
     lm = ld.AugmentedLM(decoder)
     table = np.asarray(decoder.params["embedding"], np.float64)
