@@ -407,8 +407,8 @@ def test_no_worked_example_is_the_asked_question(says, tmp_path):
 def test_a_task_of_dates_has_text(tmp_path):
     """`datasets` would make times of them, if it read the file."""
     rows = {"test": [{"question": "When?", "answer": "2020-01-02"}]}
-    make_tasks.write_task(tmp_path, "syllogism", rows)
-    loaded = harness.load_local_task("syllogism", str(tmp_path))["tasks"]["syllogism"]
+    make_tasks.write_task(tmp_path, "chain_sum", rows)
+    loaded = harness.load_local_task("chain_sum", str(tmp_path))["tasks"]["chain_sum"]
     (doc,) = loaded.eval_docs
     assert doc == rows["test"][0]
 
@@ -649,7 +649,7 @@ def test_answers_are_scored_after_the_prompt_as_it_is_asked(says, tmp_path):
     loaded, adapter = harness.load_questions(str(file)), harness.Adapter(says)
     assert adapter.answer_logprobs(loaded, limit=1) == [0] and len(says.prompts) == 1
     assert adapter.answer_logprobs(loaded) == [0, -1]
-    assert says.tails == [says.tokenizer.encode(f" {answer}\n") for answer in answers]
+    assert says.tails == [says.tokenizer.encode_in_text(f" {answer}\n") for answer in answers]
     scored = says.prompts
     harness.run_tasks(adapter, loaded, 0)
     assert says.prompts == scored and len(scored[0]) < 40
@@ -771,7 +771,7 @@ def test_a_row_that_another_call_makes_meanwhile(call, monkeypatch):
             '{"question": "a", "choices": ["b", "c"], "gold": "no number"}',
             "syllogism.yaml",
         ),
-        ("chain_sum", '{"answer": "3", "text": "a"}', "chain_sum.yaml"),
+        ("chain_sum", '{"answer": "3", "text": "a"}', "chain_sum.test.jsonl"),
         ("held_out_text", "", "held_out_text.yaml"),  # an empty file
     ],
 )

@@ -252,7 +252,7 @@ def test_some_positions(make_config, lm, logprobs, pieces, batch_size, positions
 def test_latents_behind_prompts_alone(
     make_config, trained, logprobs, pieces, tmp_path, monkeypatch
 ):
-    config = make_config({"method.prompt_end": "a", "evaluate.max_positions": 3})
+    config = make_config({"method.prompt_end": " a", "evaluate.max_positions": 3})
     (last,) = experiment.read(config).prompt_end
     chosen = [[t for t, token in enumerate(piece[:-1]) if token == last] for piece in pieces]
     assert sum(map(len, chosen)) > 20

@@ -125,8 +125,7 @@ class Tokenizer:
         pads = [model.pad_id, self.eos_id, *sorted(self.control.values()), model.no_text_id]
         usable = [pad for pad in pads if pad not in (None, self.bos_id)]
         self.pad_id = required("padding", usable[0] if usable else None)
-        alone, inside = model.encode("a"), model.encode("\na")
-        self._adds_space = alone != inside[-len(alone) :]
+        self._adds_space = model.decode(2 * model.encode("a")) == "a a"
 
     def encode(self, text: str) -> list[int]:
         """Returns the token ids of a text, without BOS; the caller adds BOS where it belongs.

@@ -54,6 +54,8 @@ def test_the_command_runs_it(config_file, tmp_path, monkeypatch):
         {
             "config": base.get_config(),
             "workdir": "DIR",
+            "text": "",
+            "held_out": "",
             "dry_run": True,
             "topology": "v5e:4x4",
             "search": False,

@@ -14,6 +14,7 @@ from benchmarks import memory
 from latent_delib.nn.attention import choice, forms, gpu
 
 CONFIG, DTYPE = small.GEMMA, jnp.float32
+PROOF = {"jax": jax.__version__, "code": choice.code_digest()}
 
 
 class Card(NamedTuple):
@@ -87,9 +88,9 @@ def test_a_family_in_the_table_gets_the_kernel(monkeypatch, compiles):
 
 
 def test_a_record_of_this_machine_makes_auto_take_the_kernel(compiles, tmp_path):
-    path = choice.record_proof("pallas_gpu", "sm_90", {"jax": jax.__version__})
+    path = choice.record_proof("pallas_gpu", "sm_90", PROOF)
     assert path == tmp_path / "latent_delib" / "proven.json" and json.loads(path.read_text())
-    choice.record_proof("pallas_tpu", "TPU v5 lite", {"jax": "0.1"})  # by another version
+    choice.record_proof("pallas_tpu", "TPU v5 lite", PROOF | {"jax": "0.1"})  # by another version
     assert quietly("auto", HOPPER) == "pallas_gpu"
     assert not choice.is_proven("pallas_tpu", TPU)
     choice.record_proof("pallas_gpu", "sm_90", None)
@@ -97,7 +98,7 @@ def test_a_record_of_this_machine_makes_auto_take_the_kernel(compiles, tmp_path)
 
 
 def test_a_damaged_record_is_none(tmp_path):
-    file = choice.record_proof("pallas_gpu", "sm_90", {"jax": jax.__version__})
+    file = choice.record_proof("pallas_gpu", "sm_90", PROOF)
     for text in ("{", "[]", ""):
         file.write_text(text)
         assert not choice.is_proven("pallas_gpu", HOPPER)
@@ -105,7 +106,7 @@ def test_a_damaged_record_is_none(tmp_path):
 
 def test_many_processes_decide_by_the_table_alone(monkeypatch):
     """Machines may have records or not; a job whose processes choose apart would hang."""
-    choice.record_proof("pallas_gpu", "sm_90", {"jax": jax.__version__})
+    choice.record_proof("pallas_gpu", "sm_90", PROOF)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.warns(UserWarning, match="not proven"):
         assert choose("auto", HOPPER) == "xla"

@@ -59,9 +59,10 @@ def test_auto_takes_it_once_it_alone_is_proven(device, monkeypatch, tmp_path):
     choose = partial(choice.choose, "auto", device, small.GEMMA, jnp.bfloat16)
     with pytest.warns(UserWarning, match="pallas_gpu or tokamax_gpu is not proven"):
         assert choose() == "xla"
-    choice.record_proof("tokamax_gpu", choice.family(device), {"jax": jax.__version__})
+    proof = {"jax": jax.__version__, "code": choice.code_digest()}
+    choice.record_proof("tokamax_gpu", choice.family(device), proof)
     assert choose() == "tokamax_gpu"
-    choice.record_proof("pallas_gpu", choice.family(device), {"jax": jax.__version__})
+    choice.record_proof("pallas_gpu", choice.family(device), proof)
     assert choose() == "pallas_gpu"
 
 
