@@ -15,6 +15,7 @@ import os
 import random
 import resource
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -52,6 +53,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 # Threads of XLA come and go, and each arena of malloc keeps what its threads have freed. Workers
 # and child processes read this at their start.
 os.environ.setdefault("MALLOC_ARENA_MAX", "2")
+
+# A shell ignores Ctrl-C for what it runs in the background, and so would the tests of Ctrl-C.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 flags.FLAGS(["pytest"])  # seqio reads absl's flags and raises where nobody has parsed them
 

@@ -128,11 +128,14 @@ def group_of(path):
     return next(group for group in GROUPS if group in name)
 
 
-def one_step(dtype, remat):
-    """Adam's first moment after one step, which is the gradient but for a factor; and the state."""
+def one_step(dtype, remat, tx=None):
+    """Adam's first moment after one step, which is the gradient but for a factor; and the state.
+
+    tx: another optimizer; it has no moment.
+    """
     trainable = {"coprocessor": jax.tree.map(jnp.asarray, PARAMS["coprocessor"])}
     frozen = {"decoder": jax.tree.map(lambda x: jnp.asarray(x, dtype), PARAMS["decoder"])}
-    tx = make_optimizer(base.get_config().optimizer, steps=10).tx
+    tx = tx or make_optimizer(base.get_config().optimizer, steps=10).tx
     objective = Objective(augmentation(remat), num_traces=M, num_ahead=A, dtype=dtype)
     state = TrainState(jnp.int32(0), trainable, tx.init(trainable))
     batch = {"tokens": TOKENS, "segment": SEGMENT}
@@ -141,7 +144,18 @@ def one_step(dtype, remat):
     return optax.tree.get(state.opt_state, "mu"), state, metrics
 
 
-@pytest.mark.slow  # the step on a mesh, in test_step.py, is the same and more
+def test_updates_too_small_for_bfloat16_are_kept():
+    """The master weights are float32, whatever the steps compute in."""
+
+    def small_updates(gradients, _):
+        return jax.tree.map(lambda x: jnp.full_like(x, 1e-6), gradients)
+
+    _, state, _ = one_step(jnp.bfloat16, "attention", optax.stateless(small_updates))
+    for new, old in zip(jax.tree.leaves(state.trainable), jax.tree.leaves(PARAMS["coprocessor"])):
+        np.testing.assert_array_equal(new, np.float32(old) + np.float32(1e-6))
+
+
+@pytest.mark.slow
 def test_a_step_in_bfloat16_is_close_to_one_in_float32():
     rounded, state, metrics = one_step(jnp.bfloat16, "attention")
     exact, _, expected = one_step(jnp.float32, "none")
