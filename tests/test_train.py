@@ -472,6 +472,7 @@ def test_a_trained_decoder_is_exported(
     assert not list(tmp_path.glob("*tmp*"))
 
 
+@pytest.mark.slow  # one that is cut short begins and ends like it
 def test_three_steps_are_traced(make_config, tmp_path):
     train.train(make_config({"train.profile_at": 1}), str(tmp_path))
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))

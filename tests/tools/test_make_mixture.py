@@ -36,10 +36,12 @@ WORKS = {
 }
 
 
-@pytest.fixture
-def folder(tmp_path):
-    make_mixture.write_mixture(tmp_path, CHOSEN, WORKS)
-    return tmp_path
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The tests read it, and write nothing into it."""
+    where = tmp_path_factory.mktemp("mixture")
+    make_mixture.write_mixture(where, CHOSEN, WORKS)
+    return where
 
 
 def test_a_paragraph_that_is_trained_on_is_not_evaluated(folder):
