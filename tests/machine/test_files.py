@@ -100,7 +100,7 @@ def test_a_full_disk_is_told_of_with_the_path_that_the_user_gave(tmp_path, small
 def test_a_mistake_is_no_outage(tmp_path):
     """Whatever words are in its message."""
     with pytest.raises(UserError), errors.store_errors(tmp_path):
-        raise UserError("/work/connection: is empty")
+        raise UserError("/data/connection: is empty")
 
 
 def test_a_temporary_name_is_nobody_s_business(tmp_path):
