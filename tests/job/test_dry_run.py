@@ -47,6 +47,15 @@ def test_here(make_config, tmp_path, capsys, monkeypatch):
     assert found["memory_limit"] is None and "python -m benchmarks.scaling" in out.splitlines()[-1]
 
 
+def test_a_step_writes_the_state_in_its_place(make_config):
+    """Otherwise a device would hold weights and optimizer twice."""
+    exp = experiment.read(make_config())
+    plan = dry_run.planning.make(exp)
+    memory = dry_run.held(exp, plan)
+    written = dry_run.compile_step(exp, plan).memory_analysis().alias_size_in_bytes
+    assert written >= memory["trainable weights"] + memory["optimizer"]
+
+
 def test_the_command_runs_it(config_file, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(dry_run, "dry_run", lambda config, *rest: seen.append((config.seed, *rest)))

@@ -2,9 +2,11 @@
 
 import types
 
+import jax
 import numpy as np
 
 from latent_delib.job import experiment, metrics
+from latent_delib.machine import chips
 
 
 def test_the_times_of_all_rows_add_up(make_config, tmp_path, monkeypatch):
@@ -56,6 +58,24 @@ def test_a_validation_splits_the_time_between_rows(make_config, tmp_path, monkey
     found.flush()
     assert [row["step_seconds"] for row in rows] == [2, 2]
     assert rows[1]["validation_loss"] == 3.0 and "validation_loss" not in rows[0]
+
+
+def test_utilisation_is_that_of_all_devices(make_config, tmp_path, monkeypatch):
+    now = 0.0
+    rows = []
+    clock = types.SimpleNamespace(perf_counter=lambda: now, time=lambda: now)
+    monkeypatch.setattr(metrics, "time", clock)
+    monkeypatch.setattr(metrics.chips, "chip_of", lambda device: chips.Chip(peak=1e9))
+    exp = experiment.read(make_config({"train.log_every": 1}))
+    found = metrics.Metrics(exp, str(tmp_path / "workdir"), 0, lambda step: 1.0)
+    found.logs = [types.SimpleNamespace(write=rows.append)]
+    found.begin_row(0)
+    now += 2
+    found.push(1, {"loss": 4.0, "tokens": 8.0, "grad_norm": 1.0})
+    found.flush()
+    possible = 2 * 1e9 * jax.device_count()
+    assert jax.device_count() == 8
+    np.testing.assert_allclose(rows[0]["model_flops_utilisation"], found.flops / possible)
 
 
 def test_figures_of_a_step_without_a_row_go_into_the_next(make_config, tmp_path):
