@@ -9,6 +9,14 @@ from latent_delib.job import experiment, metrics
 from latent_delib.machine import chips
 
 
+def collecting(config, tmp_path, rows):
+    """Metrics of a run that begins; its rows go into a list."""
+    exp = experiment.read(config)
+    found = metrics.Metrics(exp, str(tmp_path / "workdir"), 0, lambda step: 1.0)
+    found.logs = [types.SimpleNamespace(write=rows.append)]
+    return found
+
+
 def test_the_times_of_all_rows_add_up(make_config, tmp_path, monkeypatch):
     """Rows are slow to write here, and this time counts too."""
     now = 0.0
@@ -46,9 +54,7 @@ def test_a_validation_splits_the_time_between_rows(make_config, tmp_path, monkey
         now += 2
 
     monkeypatch.setattr(metrics.jax, "block_until_ready", wait)
-    exp = experiment.read(make_config({"train.log_every": 1}))
-    found = metrics.Metrics(exp, str(tmp_path / "workdir"), 0, lambda step: 1.0)
-    found.logs = [types.SimpleNamespace(write=rows.append)]
+    found = collecting(make_config({"train.log_every": 1}), tmp_path, rows)
     found.begin_row(0)
     now += 2
     found.push(1, {"loss": 4.0, "tokens": 8.0, "grad_norm": 1.0})
@@ -66,9 +72,7 @@ def test_utilisation_is_that_of_all_devices(make_config, tmp_path, monkeypatch):
     clock = types.SimpleNamespace(perf_counter=lambda: now, time=lambda: now)
     monkeypatch.setattr(metrics, "time", clock)
     monkeypatch.setattr(metrics.chips, "chip_of", lambda device: chips.Chip(peak=1e9))
-    exp = experiment.read(make_config({"train.log_every": 1}))
-    found = metrics.Metrics(exp, str(tmp_path / "workdir"), 0, lambda step: 1.0)
-    found.logs = [types.SimpleNamespace(write=rows.append)]
+    found = collecting(make_config({"train.log_every": 1}), tmp_path, rows)
     found.begin_row(0)
     now += 2
     found.push(1, {"loss": 4.0, "tokens": 8.0, "grad_norm": 1.0})
@@ -80,9 +84,8 @@ def test_utilisation_is_that_of_all_devices(make_config, tmp_path, monkeypatch):
 
 def test_figures_of_a_step_without_a_row_go_into_the_next(make_config, tmp_path):
     rows = []
-    exp = experiment.read(make_config({"train.log_every": 1, "train.max_bad_steps": 1}))
-    found = metrics.Metrics(exp, str(tmp_path / "workdir"), 0, lambda step: 1.0)
-    found.logs = [types.SimpleNamespace(write=rows.append)]
+    config = make_config({"train.log_every": 1, "train.max_bad_steps": 1})
+    found = collecting(config, tmp_path, rows)
     bad = {"loss": float("nan"), "tokens": 8.0, "grad_norm": 1.0}
     found.push(1, bad, {"validation_loss": 3.0})
     found.push(2, bad | {"loss": 4.0})
@@ -97,9 +100,7 @@ def test_a_row_is_the_mean_over_the_tokens_of_its_steps(make_config, tmp_path, m
     rows = []
     clock = types.SimpleNamespace(perf_counter=lambda: now, time=lambda: now)
     monkeypatch.setattr(metrics, "time", clock)
-    exp = experiment.read(make_config({"train.log_every": 2}))
-    found = metrics.Metrics(exp, str(tmp_path / "workdir"), 0, lambda step: 1.0)
-    found.logs = [types.SimpleNamespace(write=rows.append)]
+    found = collecting(make_config({"train.log_every": 2}), tmp_path, rows)
     found.begin_row(0)
     for step, (loss, tokens) in enumerate([(4.0, 10.0), (1.0, 30.0)], start=1):
         now += 2
