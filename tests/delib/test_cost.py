@@ -9,6 +9,7 @@ import small
 from latent_delib.delib import flops
 from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.cost import step_flops
+from latent_delib.delib.methods import METHODS
 from latent_delib.nn.sizes import SIZES
 from latent_delib.nn.transformer import Transformer
 from latent_delib.weights import folder
@@ -25,7 +26,29 @@ def of_products(config):
     )
 
 
-def counted(config, L, placement, T, M, A, inserted=False):
+# Passes of each method, as its paper has them: forward is one, and each of the gradients, to inputs
+# and to weights, is one more. Of the text by all its readers; of latents that the coprocessor
+# writes, of which all but `skipped` need a pass; attention of these over the text's keys; traces.
+# With `keys`, latents are keys and values in each layer, not tokens.
+PASSES = {
+    "cache_augmentation": dict(text=1, latents=3, over_text=2, traces=2),
+    "from_scratch": dict(text=1, latents=3, over_text=2, traces=2),
+    "last_layer": dict(text=1 + 3, latents=3, over_text=3, traces=2),
+    "assistant": dict(text=1 + 1, latents=3, over_text=2, traces=2),
+    "pause_tokens": dict(text=1, latents=0, over_text=0, traces=2),
+    "static_tokens": dict(text=1, latents=0, over_text=0, traces=2),
+    "latent_tokens": dict(text=1, latents=0, over_text=0, traces=2),
+    "cartridge": dict(text=1, latents=0, over_text=0, traces=2, keys=True),
+    "inserted": dict(text=1, latents=3, over_text=2, traces=2, keys=True),
+    "joint": dict(text=3, latents=3, over_text=3, traces=3),
+    "unified": dict(text=3, latents=3, over_text=3, traces=3),
+    "feedback": dict(text=3, latents=3, over_text=3, traces=3, skipped=1),
+    "sequential": dict(text=1, latents=3, over_text=2, traces=2),
+    "resized": dict(text=1, latents=3, over_text=2, traces=2),
+}
+
+
+def counted(config, passes, L, placement, T, M, A, every=0):
     """One sequence: traces at every place, averaged; windows over prefix and own tokens apart."""
     products = of_products(config)
 
@@ -39,30 +62,60 @@ def counted(config, L, placement, T, M, A, inserted=False):
     pair = 4 * config.num_heads * config.head_dim
     vocabulary = 2 * config.vocab_size * config.embed_dim
     text = T * products + pair * pairs(T)
-    n = (0 if inserted else L) + A - 1 + (placement == "overlay")
     per_query = pair * pairs(T) / T  # of the text, for a query at any place in it
-    write = L * (3 * products + 2 * per_query) + 3 * pair * pairs(L)
-    decode = n * (2 * products + 2 * per_query) + 3 * pair * pairs(n)
-    if inserted:  # L keys in each layer, which each token sees
+
+    written = L - passes.get("skipped", 0)
+    write = written * (passes["latents"] * products + passes["over_text"] * per_query)
+    write += passes["latents"] * pair * pairs(written)
+
+    n = A - 1 + (placement == "overlay")
+    if "keys" not in passes:
+        n += L * (len(range(0, A, every)) if every else 1)
+    decode = passes["traces"] * n * (products + per_query) + 3 * pair * pairs(n)
+    if "keys" in passes:  # L keys in each layer, which each token sees
         decode += 3 * pair * n * L * config.num_layers
-    return text + M * (write + decode + 2 * A * vocabulary)
+    return passes["text"] * text + M * (write + decode + passes["traces"] * A * vocabulary)
 
 
 @pytest.mark.parametrize("family", ["gemma", "gpt2"])
-@pytest.mark.parametrize("placement", ["after", "overlay"])
-def test_counted_pair_by_pair(placement, family):
+@pytest.mark.parametrize("method", PASSES)
+def test_counted_pair_by_pair(method, family):
+    """All models of a row are of one size here."""
     config = dataclasses.replace(small.CONFIGS[family], window=8)
-    aug = Augmentation(Transformer(config), "cache_augmentation", 4, placement)
-    ours = step_flops(aug, 3, 64, 5, 6).useful
-    # In a window the first half pair is counted whole.
-    np.testing.assert_allclose(ours, 3 * counted(config, 4, placement, 64, 5, 6), rtol=1e-3)
+    every = 2 if METHODS[method].recurs else 0
+    for placement in ("overlay",) if METHODS[method].writes_keys else ("after", "overlay"):
+        aug = Augmentation(Transformer(config), method, 4, placement, every=every)
+        ours = step_flops(aug, 3, 64, 5, 6).useful
+        theirs = 3 * counted(config, PASSES[method], 4, placement, 64, 5, 6, every)
+        # In a window the first half pair is counted whole.
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3)
 
 
-def test_inserted_keys_are_counted():
-    config = dataclasses.replace(small.GEMMA, window=8)
-    ours = step_flops(Augmentation(Transformer(config), "inserted", 4, "overlay"), 3, 64, 5, 6)
-    expected = 3 * counted(config, 4, "overlay", 64, 5, 6, inserted=True)
-    np.testing.assert_allclose(ours.useful, expected, rtol=1e-3)
+def test_the_plain_decoder():
+    config = small.LLAMA
+    ours = step_flops(Augmentation(Transformer(config), "decoder"), 3, 64, 5, 6).useful
+    pair = 4 * config.num_heads * config.head_dim * config.num_layers
+    vocabulary = 2 * config.vocab_size * config.embed_dim
+    per_token = of_products(config) + vocabulary + pair * 32  # a token sees half the row
+    np.testing.assert_allclose(ours, 3 * 3 * 64 * per_token, rtol=1e-6)
+
+
+def test_every_method_is_counted():
+    assert PASSES.keys() | {"decoder"} == METHODS.keys()
+
+
+@pytest.mark.parametrize("method", ["resized", "assistant"])
+def test_another_size_writes(method):
+    """A coprocessor of half the layers, and its reading if it is an assistant, cost half."""
+    config = dataclasses.replace(small.LLAMA, num_layers=4)
+    half = Transformer(dataclasses.replace(config, num_layers=2))
+    whole = Augmentation(Transformer(config), method, 4)
+    saved = step_flops(whole, 3, 64, 5, 6).useful
+    saved -= step_flops(dataclasses.replace(whole, coprocessor=half), 3, 64, 5, 6).useful
+    cost = counted(config, PASSES[method], 4, "after", 64, 5, 6)
+    all_but_that = PASSES[method] | dict(text=1, latents=0, over_text=0)
+    cost -= counted(config, all_but_that, 4, "after", 64, 5, 6)
+    np.testing.assert_allclose(saved, 3 * cost / 2, rtol=1e-6)
 
 
 def test_the_published_setting():
