@@ -6,6 +6,7 @@ import signal
 import time
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
@@ -190,6 +191,32 @@ def test_killed_and_continued(make_config, trained, alone, batches, tmp_path, ca
             and "begins anew" in line
         )
         assert_same(folder, alone[step])
+
+
+def test_partial_sums_are_of_one_decoder_one_text_and_one_mesh(
+    make_config, make_decoder, monkeypatch, tmp_path
+):
+    """Behind the same paths there may be others when an evaluation goes on."""
+    decoder, text = tmp_path / "decoder", tmp_path / "text.txt"
+    shutil.copytree(make_decoder(1), decoder)
+    text.write_text("the cat sat on a mat\n")
+    changes = {"decoder.path": str(decoder), "data.validation": (f"files:{text}",)}
+    config = make_config(changes | {"data.token_files": ""})
+
+    def identity():
+        return json.dumps(evaluate.Job(config, str(tmp_path), []).identity(None))
+
+    found = [identity(), identity()]
+    assert found[0] == found[1]
+    text.write_text("the cat sat on a hat\n")
+    found.append(identity())
+    shutil.rmtree(decoder)
+    shutil.copytree(make_decoder(8), decoder)
+    found.append(identity())
+    four = jax.devices()[:4]
+    monkeypatch.setattr(jax, "devices", lambda: four)
+    found.append(identity())
+    assert len(set(found)) == 4
 
 
 def test_many_checkpoints(make_config, trained, alone, batches, tmp_path):

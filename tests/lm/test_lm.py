@@ -399,6 +399,19 @@ def test_devices_share_the_continuations_of_a_prompt_evenly():
         assert batching.pad_tails([group], tails, 1, 0, shards=4)[0].shape == shape
 
 
+def test_decoding_writes_into_the_cache_in_its_place(lms, monkeypatch):
+    """There is never a second copy: what a call was given is gone after it."""
+    given, decode = [], compiled.decode_tokens
+
+    def watched(params, state, cache, *args, **options):
+        given.append(cache)
+        return decode(params, state, cache, *args, **options)
+
+    monkeypatch.setattr(compiled, "decode_tokens", watched)
+    lms["after"].generate(PROMPTS[:1], NEW)
+    assert given and all(x.is_deleted() for x in jax.tree.leaves(given))
+
+
 def test_few_shapes_are_compiled(lms):
     lm = lms["decoder"]
     lm.generate(PROMPTS, NEW)

@@ -38,10 +38,10 @@ from latent_delib.errors import UserError
 from latent_delib.job import experiment, parameters
 from latent_delib.machine import distributed
 
-def differ(config):
-    distributed.check_same(config="one", decoder="two")
+def differ(config, kind, *folders):
+    config.seed = jax.process_index()
     try:
-        distributed.check_same(config="one", data=f"of {jax.process_index()}")
+        tasks[kind](config, *folders)
     except UserError as error:
         return str(error)
 
@@ -104,11 +104,11 @@ def test_two_processes_equal_one(
     shared_steps, tiny, trained, make_config, decoder_folder, tmp_path
 ):
     """Trains, evaluates, goes on from one process's checkpoint, writes a decoder held in parts."""
-    other = "process 1 has another data than process 0: "
+    other = "process 1 has another config than process 0: "
     other += "expected the same command and files on every worker"
     copy_at_step_2(trained, tmp_path / "resumed")
     decoder = tiny | {"method.name": "decoder", "mesh.data": 1, "mesh.fsdp": 8}
-    stopped, result, *_, said = run(
+    stopped, result, *_, train_said, evaluate_said = run(
         2,
         4,
         tmp_path / "said",
@@ -116,9 +116,10 @@ def test_two_processes_equal_one(
         ("evaluate", tiny, str(tmp_path / "fresh"), str(tmp_path / "out")),
         ("train", tiny, str(tmp_path / "resumed")),
         ("export", decoder, str(tmp_path / "exported")),
-        ("differ", tiny),
+        ("differ", tiny, "train", str(tmp_path / "differ")),
+        ("differ", tiny, "evaluate", str(tmp_path / "fresh"), str(tmp_path / "differ")),
     )
-    assert stopped == 0 and said == other
+    assert stopped == 0 and train_said == evaluate_said == other
     assert_close(tmp_path / "fresh", trained)
     assert_close(tmp_path / "resumed", trained)
     assert json.loads((tmp_path / "out" / "perplexity.json").read_text()) == result
