@@ -51,7 +51,7 @@ def main(flags: Any) -> None:
         files.check_writable(str(out.parent))
 
     lm = load_model(flags)
-    inputs.check_options(flags.max_new_tokens, flags.every, delay, sampler, lm.aug.every)
+    inputs.check_options(flags.max_new_tokens, flags.every, delay, sampler, lm.aug)
     for name, augment in (("decoder", False), ("augmented", True)):
         if augment and lm.coprocessor is None:
             continue

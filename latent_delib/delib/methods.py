@@ -38,9 +38,9 @@ class Method(NamedTuple):
     has_assistant: another frozen decoder, the assistant, reads the text too. The coprocessor has
       the assistant's architecture and begins from it: `start` gets the assistant in place of the
       decoder, and leaves that the coprocessor's tree lacks are the assistant's layers.
-    writes_keys: the latents are keys and values, which hold their position. So latents of another
-      text cannot replace them, and only a placement that reads x_p again has an output that
-      predicts the next token.
+    writes_keys: the latents are keys and values, which hold their position. So they can neither be
+      late nor be replaced by latents of another text, and only a placement that reads x_p again
+      has an output that predicts the next token.
     recurs: the latents join again after every `every` ahead tokens, and stay. They must be vectors
       that do not depend on the text.
     """

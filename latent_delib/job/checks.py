@@ -166,8 +166,8 @@ def _check_method(m: ConfigDict) -> None:
             f"config.method.lora_rank={m.lora_rank}: a coprocessor of method {m.name!r} starts "
             "at random; expected config.method.start, a trained one to which adapters are added"
         )
-    if m.max_delay and row.write is not None and not row.reads_text:
-        raise UserError(_no_text("method.max_delay", m.max_delay, m.name))
+    if m.max_delay and row.write is not None:
+        _check_moved("method.max_delay", m.max_delay, m.name)
     if m.visible_text and (row.write is None or row.recurs):
         why = "has no latents" if row.write is None else "has latents that recur"
         raise UserError(
@@ -240,8 +240,17 @@ def _check_distill(m: ConfigDict) -> None:
         )
 
 
-def _no_text(key: str, value: Any, method: str) -> str:
-    return f"config.{key}={value}: method {method!r} writes no latents that depend on a text"
+def _check_moved(key: str, value: Any, method: str) -> None:
+    """Raises UserError unless the method's latents can join later, or join another text."""
+    if not METHODS[method].reads_text:
+        raise UserError(
+            f"config.{key}={value}: method {method!r} writes no latents that depend on a text"
+        )
+    if METHODS[method].writes_keys:
+        raise UserError(
+            f"config.{key}={value}: method {method!r} writes keys, which depend on their position, "
+            "so they can neither join later nor join another text; leave it out"
+        )
 
 
 def _check_evaluate(e: ConfigDict) -> None:
@@ -266,17 +275,9 @@ def _check_evaluate(e: ConfigDict) -> None:
 
 def _check_controls(config: ConfigDict) -> None:
     """Raises UserError for a control of evaluation that the method's latents do not allow."""
-    method = config.method.name
-    row = METHODS[method]
-    if config.evaluate.swap and row.writes_keys:
-        raise UserError(
-            f"config.evaluate.swap: the keys that method {method!r} writes depend on their "
-            "position, so they cannot be swapped between documents; leave it out"
-        )
     for key in ("swap", "delay"):
-        value = config.evaluate[key]
-        if value and not row.reads_text:
-            raise UserError(_no_text(f"evaluate.{key}", value, method))
+        if config.evaluate[key]:
+            _check_moved(f"evaluate.{key}", config.evaluate[key], config.method.name)
 
 
 def _check_trace_length(config: ConfigDict) -> None:

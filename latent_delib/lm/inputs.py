@@ -9,6 +9,8 @@ import numpy as np
 
 from latent_delib import mesh as mesh_lib
 from latent_delib.data.tokenizer import Tokenizer
+from latent_delib.delib.augment import Augmentation
+from latent_delib.delib.methods import METHODS
 from latent_delib.errors import UserError
 from latent_delib.job.build import ATTENTION, DTYPES
 from latent_delib.lm.sampling import Sampler, options
@@ -46,17 +48,16 @@ def check_options(
     every: int,
     delay: int | None,
     sampling: Mapping[str, Any],
-    own: int = 0,
+    aug: Augmentation | None = None,
 ) -> GenerationOptions:
     """Returns the options with plain Python numbers.
 
     Args:
       sampling: fields of `Sampler`.
-      own: the number of tokens after which the model's latents recur by themselves; 0: they do not,
-        or no model is loaded yet.
+      aug: the model's method; None: no model is loaded yet.
 
     Raises:
-      UserError: an option is unknown, of the wrong type or out of range.
+      UserError: an option is unknown, of the wrong type or out of range, or not for this method.
     """
     max_new_tokens = arguments.whole("max_new_tokens", max_new_tokens, 1)
     known = options()
@@ -64,7 +65,13 @@ def check_options(
         if name not in known:
             raise UserError(f"{name}: unknown option, expected one of {', '.join(known)}")
     sampler = Sampler(**sampling).checked()
+    own = aug.every if aug else 0
     every, delay = check_rhythm(every, delay, own)
+    if aug and delay != 0 and METHODS[aug.method].writes_keys:
+        raise UserError(
+            f"delay={delay}: method {aug.method!r} writes keys, which depend on their position, so "
+            "they cannot join later; leave it 0"
+        )
     return GenerationOptions(max_new_tokens, sampler, every or own, delay)
 
 
@@ -72,7 +79,7 @@ def check_rhythm(every: int, delay: int | None, own: int = 0) -> tuple[int, int 
     """Returns `every` and `delay` as plain Python numbers.
 
     Args:
-      own: as for `check_options`.
+      own: the number of tokens after which the model's latents recur by themselves; 0: they do not.
 
     Raises:
       UserError: both `every` and `own` are set; or latents would join after the next ones are due.

@@ -256,7 +256,7 @@ class AugmentedLM:
           sampling: temperature (0: the likeliest token), top_k, top_p, ...: the fields of
             `sampling.Sampler`.
         """
-        options = inputs.check_options(max_new_tokens, every, delay, sampling, self.aug.every)
+        options = inputs.check_options(max_new_tokens, every, delay, sampling, self.aug)
         batch_size = arguments.whole("batch_size", batch_size, 1)
         prompts = arguments.several("prompts", prompts)
         ends = Endings(self.tokenizer, stop)
@@ -297,7 +297,7 @@ class AugmentedLM:
         Joined, the pieces are what `generate` returns for this prompt alone. The options are those
         of `continuations`, and are checked at once.
         """
-        options = inputs.check_options(max_new_tokens, every, delay, sampling, self.aug.every)
+        options = inputs.check_options(max_new_tokens, every, delay, sampling, self.aug)
         ends = Endings(self.tokenizer, stop)
         write = self._writer(options.delay) if augment else None
         keys = inputs.random_keys(seed, 1)

@@ -69,7 +69,15 @@ MISTAKES = [
     ),
     (
         {"evaluate.swap": True, "method.name": "inserted", "method.placement": "overlay"},
-        "config.evaluate.swap: the keys that method 'inserted' writes",
+        "config.evaluate.swap=True: method 'inserted' writes keys",
+    ),
+    (
+        {"evaluate.delay": 1, "method.name": "inserted", "method.placement": "overlay"},
+        "config.evaluate.delay=1: method 'inserted' writes keys",
+    ),
+    (
+        {"method.max_delay": 1, "method.name": "inserted", "method.placement": "overlay"},
+        "config.method.max_delay=1: method 'inserted' writes keys",
     ),
     (
         {"evaluate.longer_prompt": 31, "evaluate.max_length": 32},

@@ -942,6 +942,12 @@ MISTAKES = {
     ),
     "yes": (lambda lm, d: lm.generate(["a"], True), "max_new_tokens=True: expected a whole number"),
     "delay": (lambda lm, d: lm.generate(["a"], delay=-1), "delay=-1: expected at least 0"),
+    "keys that are late": (
+        lambda lm, d: ld.AugmentedLM(
+            d, dataclasses.replace(ld.init_coprocessor(d, L, "overlay"), method="inserted")
+        ).generate(["a"], delay=1),
+        "delay=1: method 'inserted' writes keys",
+    ),
     "temperature": (
         lambda lm, d: lm.generate(["a"], temperature=-0.1),
         "^temperature=-0.1: expected at least 0",
