@@ -158,6 +158,17 @@ def test_a_checkpoint(make_config, trained, evaluated, logprobs, documents, piec
     assert result["fingerprint"] == lm.decoder.fingerprint
 
 
+def test_bfloat16_stays_near_float32(make_config, trained, evaluated, tmp_path):
+    found = evaluate.evaluate(
+        make_config({"compute.dtype": "bfloat16"}), str(trained), str(tmp_path)
+    )
+    for row, known in zip(found["rows"], evaluated[0]["rows"]):
+        assert row["tokens"] == known["tokens"]
+        for key in ("decoder_ppl", "augmented_ppl"):
+            assert row[key] == pytest.approx(known[key], rel=0.01)
+        assert row["change_percent"] == pytest.approx(known["change_percent"], abs=0.5)
+
+
 def test_what_is_printed(make_config, evaluated, pieces):
     result, _, printed = evaluated
     heading, *table, head, first, second = printed.splitlines()[-8:]

@@ -6,6 +6,7 @@ import time
 import warnings
 
 import jax
+import jax.numpy as jnp
 import naive
 import numpy as np
 import pytest
@@ -136,6 +137,31 @@ def test_greedy_equals_a_loop_without_a_cache(lms, name):
     found = lms[name].generate(PROMPTS, NEW)
     assert found == [naive_greedy(lms[name], prompt) for prompt in PROMPTS]
     assert len(set(sum(found, []))) > NEW  # a decoder that repeats itself would show nothing
+
+
+@pytest.mark.parametrize("name", ["decoder", "overlay"])
+def test_bfloat16_stays_near_float64(lms, name):
+    """Decoding and scoring, by the dense reading of the same weights, whose logits spread by 1."""
+
+    def rounded(model):
+        return dataclasses.replace(
+            model, params=jax.tree.map(lambda x: np.asarray(x, jnp.bfloat16), model.params)
+        )
+
+    coprocessor = lms[name].coprocessor
+    lm = ld.AugmentedLM(rounded(lms[name].decoder), coprocessor and rounded(coprocessor))
+    assert lm.dtype == jnp.bfloat16
+    new = lm.generate(PROMPTS, NEW)
+    scores, _ = lm.logprobs(PROMPTS, new)
+    behind = []  # how far each token's logit is from the highest one
+    for prompt, tokens, score in zip(PROMPTS, new, scores):
+        ids = [lm.tokenizer.bos_id, *lm.tokenizer.encode(prompt)]
+        logits = naive_logits(lm, ids, tokens)[len(ids) - 1 : -1]
+        chosen = np.take_along_axis(logits, np.array(tokens)[:, None], axis=-1)[:, 0]
+        behind.extend(logits.max(axis=-1) - chosen)
+        exact = (chosen - np.log(np.exp(logits).sum(axis=-1))).sum()
+        assert score == pytest.approx(exact, rel=0.05)
+    assert np.mean(behind) < 0.05
 
 
 @pytest.mark.parametrize("name", small.TWO_AND_SLOW)
