@@ -21,7 +21,7 @@ def card(small: bool) -> dict[str, Any]:
         "jaxlib": jaxlib.__version__,
         "driver": driver(device),
         "platform": device.platform,
-        "family": choice.family(device),
+        "family": choice.card_family(device),
         "kernels": list(choice.kernels_of(device)),
         "code": choice.code_digest(),
         "plugins": installed_plugins(),

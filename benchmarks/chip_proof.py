@@ -130,7 +130,7 @@ def passes(form: str, softcap: float) -> Callable:
     operands).
     """
     memory = shared_memory_of(jax.local_devices()[0])
-    attention = partial(attend, form=form, scale=2.0, softcap=softcap, few=0, shared_memory=memory)
+    attention = partial(attend, form=form, scale=2.0, softcap=softcap, shared_memory=memory)
     return both_passes(attention)["both"]
 
 

@@ -20,15 +20,15 @@ def get_config() -> ConfigDict:
     c.seed = 0  # decides the order of text, the traces, and weights that start at random
 
     c.decoder = ConfigDict()
-    c.decoder.path = "packaged"  # or a decoder folder, or "": random weights of `architecture`
+    c.decoder.path = "packaged"  # "packaged"; a folder; "": random weights of `architecture`
     c.decoder.architecture = ConfigDict()  # TransformerConfig; must agree with the folder's own
     c.decoder.tokenizer = ""  # "": the decoder's; or "packaged", or a tokenizer.model or .json
-    c.decoder.export_dtype = "float32"  # dtype of the folder of a decoder that was trained
+    c.decoder.export_dtype = "float32"  # dtype of the folder that a trained decoder is written to
 
     c.method = ConfigDict()
     c.method.name = "cache_augmentation"  # a row of latent_delib/delib/methods.py
     c.method.num_latents = 16  # N_L
-    c.method.placement = "after"  # the paper's; or "overlay", "before", "shared" (delib/traces.py)
+    c.method.placement = "after"  # "after" (the paper's), "overlay", "before" or "shared"
     c.method.every = 0  # for "latent_tokens": ahead tokens from one group of latents to the next
     c.method.num_traces = 128  # M, per packed sequence
     c.method.num_ahead = 16  # N_A, the ahead tokens that carry the loss
@@ -50,8 +50,9 @@ def get_config() -> ConfigDict:
     c.method.coprocessor = ConfigDict()  # for "resized": TransformerConfig unlike the decoder's
 
     c.data = ConfigDict()
-    # Or files:GLOB, lines:GLOB, tfds:NAME:SPLIT:FEATURE, hf:OWNER/NAME:SPLIT:FEATURE; for questions
-    # qa:GLOB, qa:hf:OWNER/NAME:SPLIT:QUESTION,ANSWER and the same with qa_steps (docs/commands.md).
+    # packaged/train, files:GLOB, lines:GLOB, tfds:NAME:SPLIT:FEATURE, hf:OWNER/NAME:SPLIT:FEATURE;
+    # for questions qa:GLOB, qa:hf:OWNER/NAME:SPLIT:QUESTION,ANSWER and the same with qa_steps
+    # (docs/commands.md).
     c.data.sources = ("packaged/train",)
     c.data.weights = (1.0,)  # one per source
     c.data.validation = ("packaged/validation",)  # held-out text, named like the sources
@@ -60,7 +61,7 @@ def get_config() -> ConfigDict:
     c.data.max_bad_records = 0  # how many bad documents or rows to skip; one more ends the command
 
     c.optimizer = ConfigDict()  # linear warm-up, then cosine; the paper's is not published
-    c.optimizer.name = "adamw"  # or a row of OPTIMIZERS in delib/step.py: "adafactor", "muon"
+    c.optimizer.name = "adamw"  # "adamw", "adafactor", "muon": OPTIMIZERS in delib/step.py
     c.optimizer.learning_rate = 1e-3  # the peak
     c.optimizer.soft_token_learning_rate = 1e-3  # the peak for soft tokens, not for keys and values
     c.optimizer.warmup_steps = 1000
@@ -76,8 +77,8 @@ def get_config() -> ConfigDict:
     c.train.batch_size = 1024  # packed sequences per step, over all hosts
     c.train.accumulation = 1  # parts of a batch, computed one after another
     c.train.log_every = 10  # steps per line of metrics
-    # Steps from one loss on held-out text to the next. The text is always the same. The last step
-    # has a loss too. 0: never. If the text is questions, some of them are asked too.
+    # Steps between two losses on held-out text, always the same text; the last step has a loss too.
+    # 0: never. If the text is questions, some of them are asked too.
     c.train.validate_every = 0
     c.train.wandb = ""  # a project of Weights & Biases that gets the metrics too; "": none
     c.train.checkpoint_every = 1000  # steps
@@ -102,7 +103,7 @@ def get_config() -> ConfigDict:
     # How many tokens per sequence have logits at one time; a device holds at most 4 times as many.
     c.compute.loss_chunk = 512
 
-    c.mesh = ConfigDict()  # devices along each axis; -1: what the others leave
+    c.mesh = ConfigDict()  # devices along each axis; -1: the rest of the devices
     c.mesh.data = -1
     c.mesh.fsdp = 1
     c.mesh.traces = 1

@@ -2,7 +2,8 @@
 
 `launch/paper.sh` prepares, trains, evaluates and reports them; `python -m configs.paper` lists
 them. Validation is by work, or by problem: nothing is trained on any part of a work that is
-evaluated, or on a problem that is asked. Keys that no row names have their values of base.py.
+evaluated, or on a problem that is asked. Keys that neither protocol nor row sets have the values of
+base.py; only the placement is `overlay`.
 """
 
 import dataclasses
@@ -349,7 +350,9 @@ def get_config(name: str = "lab/overlay") -> ConfigDict:
         known += f"EXPERIMENT one of {', '.join(EXPERIMENTS)}"
         raise ValueError(f"{name!r}: expected PROTOCOL/EXPERIMENT, {known}")
     if experiment == "distilled" and protocol != "hops":
-        raise ValueError(f"{name!r}: needs questions with steps, so there is hops/distilled alone")
+        raise ValueError(
+            f"{name!r}: needs questions with steps; only hops has them: hops/distilled"
+        )
     size, settings, pretrain, assistant = PROTOCOLS[protocol]
     c = base.get_config()
     c.decoder.architecture = ConfigDict(dataclasses.asdict(SIZES[size]))

@@ -4,8 +4,8 @@
   CONFIG=smollm2_135m_cpu ./launch/smollm2.sh     the smallest form, on two CPU cores
 
 The script gets the decoder and evaluates it alone, then trains and evaluates a coprocessor. The
-learning rate was the best of 1e-4, 3e-4 and 1e-3 in an earlier study of this size, of which no file
-is kept.
+learning rate, 1e-3, was the best of 1e-4, 3e-4 and 1e-3 in an earlier study of this size, of which
+no file is kept.
 """
 
 import dataclasses

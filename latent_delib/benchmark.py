@@ -1,4 +1,4 @@
-"""Benchmarks (Table 2) with the lm-eval harness: a decoder, with latents, with zero-shot CoT.
+"""Runs benchmarks (Table 2) with the lm-eval harness: plain decoder, latents, zero-shot CoT.
 
   python -m latent_delib.benchmark --workdir=DIR --benchmarks=published
       --model=decoder,augmented --out=DIR
@@ -37,7 +37,7 @@ from latent_delib.machine import arguments, commands, files
 from latent_delib.machine.command_line import REQUIRED
 from latent_delib.machine.provenance import provenance
 from latent_delib.measure import suites
-from latent_delib.measure.scores import ANSWER, Row, format_rows, summarize_scores
+from latent_delib.measure.scores import ANSWER, BenchmarkRow, format_rows, summarize_scores
 from latent_delib.measure.suites import QUESTIONS_PREFIX
 from latent_delib.weights import coprocessor as exported
 from latent_delib.weights import folder, locate
@@ -94,7 +94,7 @@ def main(flags: Any) -> None:
 # Before weights are loaded: the flags, the decoder or job, the tasks.
 
 
-def _check_flags(flags: Any, chosen: dict[str, Row]) -> None:
+def _check_flags(flags: Any, chosen: dict[str, BenchmarkRow]) -> None:
     """Checks the flags that name no file."""
     models = suites.listed(flags.model)
     if not models or not set(models) <= set(MODELS):
@@ -154,7 +154,7 @@ def _import_harness(unsafe_code: bool) -> ModuleType:
     return harness
 
 
-def _load_tasks(harness: ModuleType, chosen: dict[str, Row], flags: Any) -> dict[str, Any]:
+def _load_tasks(harness: ModuleType, chosen: dict[str, BenchmarkRow], flags: Any) -> dict[str, Any]:
     """Loads the tasks and their data, by the name of the benchmark.
 
     Raises:
@@ -179,7 +179,9 @@ def _load_tasks(harness: ModuleType, chosen: dict[str, Row], flags: Any) -> dict
 # Rows: the part known in advance, the rows of earlier calls, a new row.
 
 
-def _wanted_row(name: str, row: Row, model: str, kinds: set[str], cot: str, flags: Any) -> Row:
+def _wanted_row(
+    name: str, row: BenchmarkRow, model: str, kinds: set[str], cot: str, flags: Any
+) -> BenchmarkRow:
     """Returns the part of a row of benchmarks.json that is known before it is made.
 
     Args:
@@ -212,7 +214,7 @@ def _wanted_row(name: str, row: Row, model: str, kinds: set[str], cot: str, flag
     }
 
 
-def _check_joins(wanted: Sequence[Row], flags: Any) -> None:
+def _check_joins(wanted: Sequence[BenchmarkRow], flags: Any) -> None:
     """Raises UserError for --every or --delay where no row takes it."""
     for key in ("every", "delay"):
         value = getattr(flags, key)
@@ -220,7 +222,7 @@ def _check_joins(wanted: Sequence[Row], flags: Any) -> None:
             raise UserError(f"--{key}={value}: no selected row supports it; leave it out")
 
 
-def _label(row: Row) -> str:
+def _label(row: BenchmarkRow) -> str:
     """Names a row: for each name benchmarks.json holds one row, and OUT/samples one file."""
     label = f"{row['benchmark']}.{row['model']}"
     for key in ("every", "delay"):
@@ -229,7 +231,7 @@ def _label(row: Row) -> str:
     return label
 
 
-def _read_rows(path: epath.Path, subject: Subject) -> dict[str, Row]:
+def _read_rows(path: epath.Path, subject: Subject) -> dict[str, BenchmarkRow]:
     """Reads the rows of earlier calls, by their labels.
 
     Raises:
@@ -245,7 +247,7 @@ def _read_rows(path: epath.Path, subject: Subject) -> dict[str, Row]:
         rows = {_label(row): row for row in found["rows"]}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path}: not what `benchmark` writes ({type(error).__name__}: {error})"
+            f"{path}: not written by `benchmark` ({type(error).__name__}: {error})"
         ) from None
     for key, here in subject.about().items():
         there = found.get(key, here)
@@ -257,7 +259,7 @@ def _read_rows(path: epath.Path, subject: Subject) -> dict[str, Row]:
     return rows
 
 
-def _is_there(rows: dict[str, Row], asked: Row, out: str) -> bool:
+def _is_there(rows: dict[str, BenchmarkRow], asked: BenchmarkRow, out: str) -> bool:
     """Tells whether a row is done; a row of fewer documents than are asked for is not.
 
     Raises:
@@ -275,7 +277,7 @@ def _is_there(rows: dict[str, Row], asked: Row, out: str) -> bool:
     return True
 
 
-def _load_model(subject: Subject, missing: Sequence[Row], flags: Any) -> AugmentedLM:
+def _load_model(subject: Subject, missing: Sequence[BenchmarkRow], flags: Any) -> AugmentedLM:
     """Loads the weights that the missing rows need."""
     mesh = mesh_lib.make({"data": -1, "tensor": flags.tensor})
     coprocessor = None
@@ -289,8 +291,8 @@ def _load_model(subject: Subject, missing: Sequence[Row], flags: Any) -> Augment
 
 
 def _measure(
-    lm: AugmentedLM, harness: ModuleType, task: Any, asked: Row, flags: Any
-) -> tuple[Row, list[Row]]:
+    lm: AugmentedLM, harness: ModuleType, task: Any, asked: BenchmarkRow, flags: Any
+) -> tuple[BenchmarkRow, list[BenchmarkRow]]:
     """Makes a row; returns it, and the harness's result for each document."""
     print(f"{asked['benchmark']}, {asked['model']}", flush=True)
     latents = asked["model"] == "augmented"
@@ -312,7 +314,9 @@ def _measure(
     return asked | scores | {"provenance": _provenance()}, samples
 
 
-def _save(out: epath.Path, subject: Subject, made: Row, samples: Sequence[Row]) -> dict[str, Row]:
+def _save(
+    out: epath.Path, subject: Subject, made: BenchmarkRow, samples: Sequence[BenchmarkRow]
+) -> dict[str, BenchmarkRow]:
     """Writes each document's result and then the row; returns all rows, earlier ones too."""
     lines = [json.dumps(sample, default=str, ensure_ascii=False) + "\n" for sample in samples]
     files.write(out / "samples" / f"{_label(made)}.jsonl", "".join(lines).encode())
@@ -336,7 +340,7 @@ if __name__ == "__main__":
         benchmarks=(REQUIRED, "names separated by commas, or published, or offline, or qa:FILE"),
         out=(REQUIRED, "where to write"),
         workdir=("", "workdir of a training job, or an exported folder, hf:OWNER/NAME, packaged"),
-        decoder=("", "a decoder folder, or `packaged`, where there is no workdir"),
+        decoder=("", "a decoder folder or `packaged`, instead of --workdir"),
         model=("decoder", "decoder, augmented, zero_shot_cot; several separated by commas"),
         step=(None, "checkpoint step; the newest if left out"),
         limit=(None, "documents of each task, for a quick test; all if left out"),
@@ -349,7 +353,7 @@ if __name__ == "__main__":
             "tokens of a document and its answer; useful up to what the decoder was trained on",
         ),
         attention=ATTENTION_FLAG,
-        tasks=("runs/tasks", "the folder that make_tasks wrote"),
-        table=("configs/benchmarks.py", "the benchmarks, a row each"),
+        tasks=("runs/tasks", "the folder that tools.make_tasks wrote"),
+        table=("configs/benchmarks.py", "the table of benchmarks, a file of this form"),
         confirm_run_unsafe_code=(False, "let mbpp and humaneval run code that the model writes"),
     )

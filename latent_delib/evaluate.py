@@ -1,4 +1,4 @@
-"""Perplexity of the n-th token ahead, with latents and without (Section 3.1, Table 1).
+"""Measures perplexity of the n-th token ahead, with latents and without (Section 3.1, Table 1).
 
   python -m latent_delib.evaluate --workdir=DIR [--out=DIR] [--config=configs/X.py] [--distributed]
       [--step=N | --steps=all | --steps=N,N,... | --watch [--patience=SECONDS]]
@@ -321,12 +321,12 @@ class Job:
         record = self.exp.record
         if found is None:
             return record.as_result(None)
-        config = found.meta["config"]
-        trained = {key: config[key] for key in ("method", "optimizer", "seed", "train")}
-        evaluated = {key: record.config["method"][key] for key in ("prompt_end", "distill")}
-        trained["method"] = {**config["method"], **evaluated}
-        trained["data"] = {**record.config["data"], "seq_len": config["data"]["seq_len"]}
-        record = dataclasses.replace(record, config={**record.config, **trained}, step=found.step)
+        there, here = found.meta["config"], record.config
+        config = {**here, **{part: there[part] for part in ("optimizer", "seed", "train")}}
+        evaluated = {key: here["method"][key] for key in ("prompt_end", "distill")}
+        config["method"] = there["method"] | evaluated
+        config["data"] = here["data"] | {"seq_len": there["data"]["seq_len"]}
+        record = dataclasses.replace(record, config=config, step=found.step)
         return record.as_result(exported.name_of(self.workdir, found.step))
 
 
@@ -363,7 +363,7 @@ if __name__ == "__main__":
         __doc__,
         config=(
             config_of_training,
-            "a file under configs/; the config of the training if left out",
+            "a config file, or the name of one in configs/; the training's config if left out",
         ),
         workdir=(
             REQUIRED,

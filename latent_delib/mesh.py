@@ -249,13 +249,21 @@ def place_rows(mesh: Mesh, local: Any, count: int) -> Any:
 # The functions that `nn` gets as fields of its `Partition`.
 
 
+def _activations(*arrays: tuple[Axes, jax.Array]) -> Rules:
+    """Returns the rules of activations for arrays with these axes; axes of length 1 stay whole."""
+    rules = dict(ACTIVATIONS)
+    for axes, x in arrays:
+        for axis, length in zip(axes, x.shape, strict=True):
+            if axis and length == 1:
+                rules[axis] = ()
+    return rules
+
+
 def constrain(mesh: Mesh) -> Callable[[jax.Array, Axes], jax.Array]:
     """Returns the function that splits an activation by its axes; axes of length 1 stay whole."""
 
     def place(x: jax.Array, axes: Axes) -> jax.Array:
-        lengths = zip(axes, x.shape, strict=True)
-        axes = tuple(axis if length > 1 else None for axis, length in lengths)
-        sharding = NamedSharding(mesh, spec(axes, ACTIVATIONS))
+        sharding = NamedSharding(mesh, spec(axes, _activations((axes, x))))
         return jax.lax.with_sharding_constraint(x, sharding)
 
     return place
@@ -310,9 +318,7 @@ def product(mesh: Mesh) -> Callable[..., jax.Array]:
             whole = jax.lax.all_gather(w, width, axis=w_axes.index("embed"), tiled=True)
             return matmul(x, whole, count, flat)
 
-        lengths = zip(x_axes, x.shape, strict=True)
-        not_split = {axis: () for axis, length in lengths if axis and length == 1}
-        activations = ACTIVATIONS | not_split
+        activations = _activations((x_axes, x))
         return jax.shard_map(
             on_each_device,
             mesh=mesh,
@@ -339,12 +345,8 @@ def split(mesh: Mesh) -> Callable[[Callable, Any, Any], Callable]:
             return function
 
         def call(*args: Any) -> Any:
-            rules: dict[str, tuple[str, ...]] = {}
             leaves = jax.tree.leaves(in_axes, is_leaf=is_axes)
-            for axes, x in zip(leaves, jax.tree.leaves(args), strict=True):
-                for axis, length in zip(axes, x.shape):
-                    if axis:
-                        rules[axis] = ACTIVATIONS[axis] if length > 1 else ()
+            rules = _activations(*zip(leaves, jax.tree.leaves(args), strict=True))
 
             def specs(tree: Any) -> Any:
                 return jax.tree.map(lambda axes: spec(axes, rules), tree, is_leaf=is_axes)

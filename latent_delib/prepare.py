@@ -23,6 +23,6 @@ if __name__ == "__main__":
     commands.run(
         main,
         __doc__,
-        config=(CONFIG, "config file"),
+        config=(CONFIG, "a config file, or the name of one in configs/"),
         out=(REQUIRED, "directory or gs:// path to write, made whole or not at all"),
     )

@@ -192,5 +192,5 @@ if __name__ == "__main__":
         out=(REQUIRED, "where to write"),
         against=("", "the folder of a run to compare with; it holds documents.npz"),
         look=("", "a workdir, or an export, whose latents are inspected"),
-        text=(TEXT, "the text after which latents are written"),
+        text=(TEXT, "text for --look, which writes latents before its last 12 tokens"),
     )

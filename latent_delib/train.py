@@ -76,7 +76,10 @@ def main(flags: Any) -> None:
         return
     if has_own_text:
         if flags.distributed:
-            raise UserError(f"--text={flags.text}: one process prepares it; run prepare first")
+            raise UserError(
+                f"--text={flags.text}: with --distributed, run prepare first, and name its folder "
+                "in config.data.token_files"
+            )
         own_text.make_tokens(flags.config, flags.workdir)
     with distributed.job(flags):
         code = train(flags.config, flags.workdir, ctrl_c=True)
@@ -295,7 +298,7 @@ if __name__ == "__main__":
     commands.run(
         main,
         __doc__,
-        config=(CONFIG, "a file under configs/"),
+        config=(CONFIG, "a config file, or the name of one in configs/"),
         workdir=(REQUIRED, "where the job writes"),
         text=("", "text to train on, 'TEXT/*.txt' or any source of text; needs --held_out"),
         held_out=("", "text to evaluate on, in the same form; needs --text"),

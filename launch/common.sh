@@ -105,7 +105,7 @@ job() {
     [[ $1 != slice || $argument != --workdir ]] || die "--workdir: expected --workdir=gs://... in one word"
     [[ $1 == slice && $argument == --workdir=* ]] || continue
     [[ $argument == --workdir=gs://* ]] ||
-      die "$argument: a slice's disks are not shared and go with it; expected gs://..."
+      die "$argument: a slice's disks are not shared and are lost with it; expected gs://..."
     bucket=${argument#--workdir=gs://}
     cache=(env JAX_COMPILATION_CACHE_DIR="gs://${bucket%%/*}/compiled")
   done

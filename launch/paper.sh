@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains and evaluates experiments of configs/paper.py, and makes the report over all that are there. Run again, it goes on
-# where it stopped; what is done is not done again.
+# where it stopped; finished experiments are skipped.
 #
 #   ./launch/paper.sh lab                           all of a protocol, seed 0; of lab, a night on two CPU cores
 #   ./launch/paper.sh lab/overlay lab/after@1       some; @1 is another seed
@@ -11,8 +11,8 @@
 #   LATENT_DELIB_EXTRAS=cuda ./launch/gpu.sh ./launch/paper.sh b/overlay b/after      on a GPU: protocols lab_gpu and b
 #
 # configs/paper.py says what a protocol is. The workdir of a run is runs/paper/PROTOCOL/NAME@SEED. Below it are
-#   swap/               every text is given the latents of another: all that write latents from a text, but inserted,
-#                       whose keys depend on their position
+#   swap/               latents of another text: all experiments whose latents depend on the text, except inserted,
+#                       whose keys hold their position
 #   evaluations/        every checkpoint: overlay, after and before with any number of latents, adapt_*
 #   longer/             the plain decoder reads as much more text as latents cost: overlay, after
 #   delay1/ to delay3/  latents come late: overlay, after, delay
@@ -57,12 +57,12 @@ while (($#)) && [[ $1 != -- ]]; do
   if [[ " $protocols " != *" $protocol "* || ($1 == */* && " $names " != *" ${name%@*} "*) ]]; then
     die "$1: expected PROTOCOL, PROTOCOL/NAME or PROTOCOL/NAME@SEED; PROTOCOL one of $protocols, NAME one of $names"
   fi
-  [[ $1 != *@* || $1 =~ @[0-9]+$ ]] || die "$1: expected a number behind @"
+  [[ $1 != *@* || $1 =~ @[0-9]+$ ]] || die "$1: expected a number after @"
   case ${1%@*} in
-    */pretrain) die "$1: decoders are made by themselves, before the experiments that need them" ;;
+    */pretrain) die "$1: decoders are made automatically, before the experiments that need them" ;;
     lab_gpu/assistant | b/assistant) die "$1: needs a second decoder of the same vocabulary, and $protocol has none" ;;
     hops/distilled) ;;
-    */distilled) die "$1: needs questions with steps, so there is hops/distilled alone" ;;
+    */distilled) die "$1: needs questions with steps; only hops has them: hops/distilled" ;;
   esac
   if [[ $1 == */* ]]; then
     wanted+=("$1")
@@ -216,5 +216,5 @@ for each in "${wanted[@]}"; do
 done
 [[ $root == runs/trials ]] || run latent_delib.report runs/paper --out=runs/paper/report
 if ((${#left_out[@]})); then
-  die "left out, for want of runs/tasks: ${left_out[*]}"
+  die "left out, because runs/tasks could not be made: ${left_out[*]}"
 fi

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains every CONFIG with every combination of the values given to KEYs.
 #
-#   ./launch/sweep.sh NAME [--with=LAUNCHER] [--jobs=1] CONFIG[,CONFIG ...] [KEY=VALUE,VALUE ...] [-- MORE OF train]
+#   ./launch/sweep.sh NAME [--with=LAUNCHER] [--jobs=1] CONFIG[,CONFIG ...] [KEY=VALUE,VALUE ...] [-- ARGUMENTS OF train]
 #   ./launch/sweep.sh latents configs/paper.py:lab/overlay_4,configs/paper.py:lab/overlay_8 seed=0,1
 #   ./launch/sweep.sh placement configs/quickstart.py method.placement=after,overlay seed=0,1 \
 #     -- --config.data.token_files=runs/quickstart/tokens

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Checks lint, format and types of the public interface, then runs the tests. Arguments go to pytest; the last of a kind
-# wins:
+# Checks lint, format and types of the public interface, then runs the tests. Arguments go to pytest; of two equal flags the
+# last counts:
 #
 #   ./launch/test.sh                     # all but the slow tests, two at a time
 #   ./launch/test.sh -m slow             # the slow ones

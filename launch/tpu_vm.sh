@@ -17,15 +17,15 @@
 #
 #   --accelerator=TYPE   v5litepod-N, v6e-N (chips), v4-N, v5p-N (cores, two per chip)
 #   --slices=1           how many such slices work on one job; every action needs it again. mesh.data is a multiple of it
-#   --spot               cheaper, and taken away at any time; without it on demand
-#   --reserved           of a reservation
-#   --flex_start=12h     for so long, 7d at most, as soon as there is room; `keep` then asks again
+#   --spot               cheaper, but may be preempted; without it on demand
+#   --reserved           uses a reservation
+#   --flex_start=12h     asks for a slice for this long, 7d at most; `keep` asks again when it ends
 #   --runtime=VERSION    the slice's image, where it is not the generation's usual one
 #   --create_flags=...   more flags of `gcloud compute tpus queued-resources create`, such as --network=NAME
 #   --fetch=gs://...     a folder that `setup` copies to every worker, into runs/: a decoder
 #   --restarts=10        how often `keep` starts a dead job again; preemptions and code 75 do not count
 #   --delete             `keep` deletes the slice when the job is done or has failed
-#   --worker=all         whose logs; of several slices those of the first, where process 0 is
+#   --worker=all         the worker to show; of several slices, in the first, which has process 0
 #   --dry_run            prints the commands, one per line, and runs none
 #
 # Environment: LATENT_DELIB_PROJECT, LATENT_DELIB_ZONE; see also common.sh.
@@ -183,7 +183,7 @@ keep() {
   pack "$name"
   while true; do
     until create; do
-      ((++lost < RETRIES)) || die "$lost slices in a row came to nothing"
+      ((++lost < RETRIES)) || die "$lost slices in a row failed"
       say "== $name is lost: deleting it and asking for another"
       release
       started=''
@@ -234,9 +234,9 @@ keep() {
 }
 
 case $action in
-  create) create || die "$name will not come; delete it before asking again" ;;
+  create) create || die "$name failed; delete it before you ask again" ;;
   setup) pack "$name" && { setup || die "$name is not set up; is it there? Then the same command tries again"; } ;;
-  run) job slice && { start || die "the job is not on every worker of $name; was that set up? is another there?"; } ;;
+  run) job slice && { start || die "the job is not on every worker of $name; is $name set up? does another job run there?"; } ;;
   keep) job slice && keep ;;
   status)
     now=$(state) || die "$unseen"

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Runs the job on one worker of a slice; tpu_vm.sh calls this on all of them, over ssh.
 #
-#   worker.sh setup            makes .venv, with a Python from uv if the machine has none that fits; what
-#                              $LATENT_DELIB_EXTRAS names is all that it adds to the base, so no TensorFlow
+#   worker.sh setup            makes .venv, with a Python from uv if the machine has none that fits;
+#                              adds only the extras in $LATENT_DELIB_EXTRAS, so no TensorFlow
 #   worker.sh start COMMAND    detached from the ssh session; its log, process id and exit code stay in runs/job
 #   worker.sh status           WORKER, then none, running, `exit CODE TIME`, or lost (it ended without a code: a reboot)
 #   worker.sh logs             the end of the log, and what follows until the job ends

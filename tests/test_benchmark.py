@@ -745,7 +745,7 @@ def test_rows_made_in_another_way_are_refused(call, trained, tmp_path):
     file.write_text(json.dumps(written | {"fingerprint": "0"}))
     assert "another fingerprint (0, here " in call("syllogism")
     file.write_text('{"rows": 3}')
-    assert "benchmarks.json: not what `benchmark` writes" in call("syllogism")
+    assert "benchmarks.json: not written by `benchmark`" in call("syllogism")
 
 
 def test_a_row_that_another_call_makes_meanwhile(call, monkeypatch):
@@ -788,7 +788,10 @@ def test_a_damaged_task_is_named(call, tmp_path, name, text, file):
 
 
 MISTAKES = {
-    "unknown": (dict(benchmarks="gsm9k"), "--benchmarks=gsm9k: there are published, offline, mmlu"),
+    "unknown": (
+        dict(benchmarks="gsm9k"),
+        "--benchmarks=gsm9k: no such benchmark; there are published, offline, mmlu",
+    ),
     "empty": (dict(benchmarks=" ,"), "--benchmarks is empty"),
     "model": (dict(model="decoder,best"), "--model=decoder,best"),
     "no model": (dict(model=","), "--model=,"),

@@ -241,9 +241,9 @@ def test_some_positions(make_config, lm, logprobs, pieces, batch_size, positions
     computed = []
 
     def counting(ahead):
-        def call(params, reading, tokens, segment, at_BM):
+        def call(params, reading, tokens, segment, at_BM, donor_B):
             computed.append(np.asarray(at_BM))
-            return ahead(params, reading, tokens, segment, at_BM)
+            return ahead(params, reading, tokens, segment, at_BM, donor_B)
 
         return call
 

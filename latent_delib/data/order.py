@@ -45,9 +45,9 @@ def permute(index: np.ndarray, size: int, *key: Any) -> np.ndarray:
     bits = (size - 1).bit_length()
     half = max(4, (bits + 1) // 2)  # with fewer than 8 bits in all the network is too regular
     keys = np.broadcast_to(_hash(*key), index.shape)
-    place = index.astype(np.uint64)
-    beyond = np.full(index.shape, True)
-    while beyond.any():
+    place = _feistel(index.astype(np.uint64), np.uint64(half), keys)
+    beyond = place >= np.uint64(size)
+    while beyond.any():  # these are scrambled again, until all are in range
         place[beyond] = _feistel(place[beyond], np.uint64(half), keys[beyond])
         beyond = place >= np.uint64(size)
     return place.astype(np.int64)

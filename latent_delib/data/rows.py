@@ -120,49 +120,48 @@ def encode(text: bytes, tokenizer: Any, in_text: bool = False) -> tuple[np.ndarr
     return tokens, ""
 
 
-def pack(
-    body: np.ndarray,
-    tokens: np.ndarray,
+def packed(
+    documents: Iterable[np.ndarray],
     *,
     length: int,
     bos_id: int,
     pad_id: int,
     whole: bool = False,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Adds a document to the row begun so far and cuts off complete rows: one step of packing.
+) -> Iterator[np.ndarray]:
+    """Packs documents into rows; yields those that are complete, int32 [k, length], after each.
+
+    BOS begins each row and each document. The last row is padded.
 
     Args:
-      body: int32 [< length - 1], the row begun so far without its leading BOS; empty at the start.
-      tokens: int32 [n], a document without BOS. An empty document ends the stream and pads the row.
+      documents: int32 [n] each, without BOS.
       length: number of tokens in a row.
       whole: whether documents are kept whole. A document that does not fit into the row begun so
         far then begins the next row. One that is longer than a row loses its end: in the next row
         that would be the end of a question without its beginning.
-
-    Returns:
-      The complete rows int32 [k, length], and the new body.
     """
-    if whole:
-        tokens = tokens[: length - 1]
-    left = length - 1 - len(body)
-    ends = not len(tokens) or (whole and 1 + len(tokens) > left)
-    if len(body) and ends:
-        body = np.append(body, np.full(left, pad_id))
-    elif len(body):
-        body = np.append(body, bos_id)  # a document that begins a row is led by the row's own BOS
-    body = np.concatenate([body, tokens]).astype(np.int32)
-    complete = len(body) - len(body) % (length - 1)
-    rows = body[:complete].reshape(-1, length - 1)
-    return np.pad(rows, ((0, 0), (1, 0)), constant_values=bos_id), body[complete:]
+    room = length - 1  # tokens of a row after its BOS
 
+    def rows(tokens: np.ndarray) -> np.ndarray:
+        return np.pad(tokens.reshape(-1, room), ((0, 0), (1, 0)), constant_values=bos_id)
 
-def packed(documents: Iterable[np.ndarray], **settings: Any) -> Iterator[np.ndarray]:
-    """Yields the complete rows, int32 [k, length], after each document; `settings` are `pack`'s."""
-    nothing = np.empty(0, np.int32)
-    body = nothing
-    for tokens in itertools.chain(documents, [nothing]):
-        rows, body = pack(body, tokens, **settings)
-        yield rows
+    def padded(body: np.ndarray) -> np.ndarray:
+        return np.pad(body, (0, room - len(body)), constant_values=pad_id)
+
+    body = np.empty(0, np.int32)  # the row begun so far, without its BOS
+    for tokens in documents:
+        if whole:
+            tokens = tokens[:room]
+            if len(body) and len(body) + 1 + len(tokens) > room:
+                yield rows(padded(body))
+                body = body[:0]
+        if len(body):  # a document that begins a row is led by the row's own BOS
+            body = np.append(body, np.int32(bos_id))
+        body = np.concatenate([body, tokens])
+        complete = len(body) - len(body) % room
+        yield rows(body[:complete])
+        body = body[complete:]
+    if len(body):
+        yield rows(padded(body))
 
 
 def segments(tokens_BT: np.ndarray, bos_id: int, pad_id: int) -> np.ndarray:

@@ -108,8 +108,10 @@ def texts(reader: Reader) -> Iterator[Text]:
         part = opened.popleft()
         block = list(itertools.islice(part, BLOCK))
         yield from block
-        has_ended = len(block) < BLOCK
-        opened.extend(itertools.islice(parts, 1) if has_ended else [part])
+        if len(block) == BLOCK:
+            opened.append(part)
+        else:
+            opened.extend(itertools.islice(parts, 1))
 
 
 def tokens_of(reader: Reader, text: Text, tokenizer: Tokenizer) -> tuple[np.ndarray, str]:

@@ -105,8 +105,7 @@ def reading(sources: Iterable[str]) -> Iterator[None]:
         read = ", ".join(map(repr, sources))
         if isinstance(error, ImportError):  # "Please install gcsfs ..."
             raise UserError(
-                f"config.data: reading {read}: {error}, or TensorFlow, which "
-                "./launch/setup.sh seqio brings"
+                f"config.data: reading {read}: {error}, or TensorFlow (./launch/setup.sh seqio)"
             ) from None
         if type(error).__name__ not in _LOST:
             raise store_error(error, read) or error from None

@@ -204,7 +204,7 @@ def write_train(
 ) -> dict[str, Any]:
     """Packs documents, int32 [n] without BOS, into rows of source `number`; returns its counts.
 
-    `whole` is as in `rows.pack`. With it, "cut" counts the documents longer than a row.
+    `whole` is as in `rows.packed`. With it, "cut" counts the documents longer than a row.
     """
     count = {"documents": 0, "tokens": 0}
 

@@ -153,17 +153,6 @@ def first_ahead(tokens_BT: jax.Array, steps_end: Sequence[int] = ()) -> jax.Arra
     return jax.lax.cummin(end_BT, axis=1, reverse=True) + 1
 
 
-def scores(key: jax.Array, tokens_BT: jax.Array, segment_BT: jax.Array) -> jax.Array:
-    """Returns a random score [B, T - 1] of every text token but the last. `draw` takes the highest.
-
-    Scores are uniform, as published. To sample positions by content, change this function; Gumbel
-    noise plus the log-probability of a position draws without replacement.
-    """
-    del tokens_BT
-    B, T = segment_BT.shape
-    return jax.random.uniform(key, (B, T - 1))
-
-
 def draw(
     key: jax.Array,
     tokens_BT: jax.Array,
@@ -190,7 +179,9 @@ def draw(
     there_BT = jnp.take_along_axis(jnp.pad(segment_BT, beyond), first_BT, axis=1)
     has_ahead = (there_BT == segment_BT) & (segment_BT > 0)
     fits = (has_ahead & ends_with(tokens_BT, prompt_end))[:, :-1]
-    score = jnp.where(fits, scores(key, tokens_BT, segment_BT), -jnp.inf)
+    # The highest scores win. They are uniform, as published. To draw positions by content, take
+    # Gumbel noise plus the log-probability of each position: that draws without replacement.
+    score = jnp.where(fits, jax.random.uniform(key, fits.shape), -jnp.inf)
     score, at = jax.lax.top_k(score, num_traces)
     last = segment_BT.shape[1] - 1
     return jnp.sort(jnp.where(score > -jnp.inf, at, last), axis=1).astype(jnp.int32)

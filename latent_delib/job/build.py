@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -89,18 +89,29 @@ def own_architecture(record: Record, decoder: TransformerConfig) -> TransformerC
     return TransformerConfig.from_dict(fields, "config.method.coprocessor")
 
 
+def augmentation(
+    record: Record,
+    decoder: TransformerConfig,
+    model: Callable[[TransformerConfig], Transformer] = Transformer,
+) -> Augmentation:
+    """Returns the method of a run, with its models, which `model` makes of their architectures."""
+    own = own_architecture(record, decoder)
+    return Augmentation(
+        transformer=model(decoder),
+        method=record["method.name"],
+        num_latents=record["method.num_latents"],
+        placement=record["method.placement"],
+        coprocessor=None if own is None else model(own),
+        every=record["method.every"],
+        distill=record["method.distill"],
+        visible_text=record["method.visible_text"],
+    )
+
+
 def longest_text(record: Record) -> int:
     """Returns how long a text the models of a run can read, `Augmentation.longest_text`."""
     decoder = TransformerConfig.from_dict(record.architecture, "decoder")
-    own = own_architecture(record, decoder)
-    aug = Augmentation(
-        Transformer(decoder),
-        record["method.name"],
-        record["method.num_latents"],
-        record["method.placement"],
-        coprocessor=None if own is None else Transformer(own),
-    )
-    return aug.longest_text
+    return augmentation(record, decoder).longest_text
 
 
 def split_start(path: str) -> tuple[str, int]:

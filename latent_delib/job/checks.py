@@ -177,7 +177,7 @@ def _check_method(m: ConfigDict) -> None:
         fit = [name for name in sorted(PLACEMENTS) if PLACEMENTS[name].reread]
         raise UserError(
             f"config.method.placement={m.placement!r}: method {m.name!r} has no vector to predict "
-            f"the next token from; expected one that reads x_p again: {', '.join(fit)}"
+            f"the next token from; expected one that reads the last token again: {', '.join(fit)}"
         )
     _check_groups(m)
 
@@ -235,7 +235,7 @@ def _check_distill(m: ConfigDict) -> None:
     if replaces_steps(m) and m.prompt_end != questions.PROMPT_END:
         raise UserError(
             f"{given}: config.method.prompt_end={m.prompt_end!r}, expected "
-            f"{questions.PROMPT_END!r}, after which steps begin that only the teacher reads, or "
+            f"{questions.PROMPT_END!r}, so that latents replace the steps after it, or "
             "config.method.visible_text above 0, which hides text from the student"
         )
 
@@ -244,7 +244,8 @@ def _check_moved(key: str, value: Any, method: str) -> None:
     """Raises UserError unless the method's latents can join later, or join another text."""
     if not METHODS[method].reads_text:
         raise UserError(
-            f"config.{key}={value}: method {method!r} writes no latents that depend on a text"
+            f"config.{key}={value}: method {method!r} writes no latents that depend on a text; "
+            "leave it out"
         )
     if METHODS[method].writes_keys:
         raise UserError(
@@ -286,23 +287,14 @@ def _check_trace_length(config: ConfigDict) -> None:
     length = config.data.seq_len
     if METHODS[m.name].write is None:
         return
-    if m.num_ahead >= length:
-        raise UserError(
-            f"config.method.num_ahead={m.num_ahead}: expected at most {length - 1}, "
-            f"the tokens after the first in a row of config.data.seq_len={length} tokens"
-        )
-    if m.num_traces >= length:
-        raise UserError(
-            f"config.method.num_traces={m.num_traces}: expected at most {length - 1}, "
-            f"the positions in a row of config.data.seq_len={length} tokens"
-        )
-    if m.visible_text >= length:
-        raise UserError(
-            f"config.method.visible_text={m.visible_text}: expected at most {length - 1}, so that "
-            f"it hides some of a row of config.data.seq_len={length} tokens"
-        )
-    if m.max_delay > length - 2:
-        raise UserError(
-            f"config.method.max_delay={m.max_delay}: expected at most {length - 2}, so that "
-            f"latents are written within a row of config.data.seq_len={length} tokens"
-        )
+    for key, most, why in (
+        ("num_ahead", length - 1, "the tokens after the first in"),
+        ("num_traces", length - 1, "the positions in"),
+        ("visible_text", length - 1, "so that it hides some of"),
+        ("max_delay", length - 2, "so that latents are written within"),
+    ):
+        if m[key] > most:
+            raise UserError(
+                f"config.method.{key}={m[key]}: expected at most {most}, {why} a row of "
+                f"config.data.seq_len={length} tokens"
+            )

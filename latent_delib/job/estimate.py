@@ -69,11 +69,13 @@ def received(exp: Experiment) -> float:
     copies = exp.mesh.size // (split * tensor)
     itemsize = jnp.dtype(exp.dtype).itemsize / tensor
 
-    uses = 2 * _matrices(architecture)
+    decoder_uses = coprocessor_uses = 2
     if exp.aug.writes_latents:
-        uses += (1 + method.trains_decoder) * _matrices(architecture)
-    if exp.aug.writes_latents and method.has_matrices:
-        uses += 2 * _matrices(exp.aug.models.coprocessor.config)
+        decoder_uses += 1 + method.trains_decoder  # the text, and then the traces
+    if not (exp.aug.writes_latents and method.has_matrices):
+        coprocessor_uses = 0
+    uses = decoder_uses * _matrices(architecture)
+    uses += coprocessor_uses * _matrices(exp.aug.models.coprocessor.config)
     tables = (1 + architecture.untied_head) * architecture.vocab_size * architecture.embed_dim
     if method.has_assistant:
         assistant = exp.aug.models.coprocessor.config

@@ -98,17 +98,8 @@ def read(config: ConfigDict, devices: Sequence[Any] | None = None) -> Experiment
         c = config.compute
         return build.transformer(architecture, mesh, c.dtype, c.remat, c.attention)
 
-    aug = Augmentation(
-        transformer=model(architecture),
-        method=config.method.name,
-        num_latents=config.method.num_latents,
-        placement=config.method.placement,
-        loss_chunk=config.compute.loss_chunk,
-        coprocessor=None if coprocessor is None else model(coprocessor),
-        every=config.method.every,
-        distill=config.method.distill,
-        visible_text=config.method.visible_text,
-    )
+    aug = build.augmentation(record, architecture, model)
+    aug = dataclasses.replace(aug, loss_chunk=config.compute.loss_chunk)
     _check_positions(config, aug)
     return Experiment(
         config=config,

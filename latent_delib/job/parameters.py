@@ -149,17 +149,15 @@ def _require_room(exp: Experiment, there: Record, given: str) -> None:
     Additional soft tokens are made from the start's; additional keys and values are not.
     """
     latents = there["method.num_latents"]
-    before = _trainable(exp, num_latents=latents).get("coprocessor", {})
-    now = _trainable(exp).get("coprocessor", {})
-    soft_before = before.pop("soft_tokens", None)
-    soft_now = now.pop("soft_tokens", None)
-    have_both = soft_before is not None and soft_now is not None
-    fewer = have_both and soft_now.shape[0] < soft_before.shape[0]
-    if fewer or before != now:
-        raise UserError(
-            f"{given}: method.num_latents is {latents} there, {exp.aug.num_latents} here; "
-            f"method {exp.aug.method!r} has weights for each latent; name another checkpoint"
-        )
+    before = folder.by_name(_trainable(exp, num_latents=latents))
+    for name, leaf in folder.by_name(_trainable(exp)).items():
+        shape = before[name].shape
+        grows = name == "coprocessor.soft_tokens" and leaf.shape[0] > shape[0]
+        if leaf.shape != shape and not grows:
+            raise UserError(
+                f"{given}: method.num_latents is {latents} there, {exp.aug.num_latents} here; "
+                f"method {exp.aug.method!r} has weights for each latent; name another checkpoint"
+            )
 
 
 def _trainable(exp: Experiment, rank: int = 0, num_latents: int | None = None) -> Params:

@@ -93,7 +93,7 @@ def _describe(data: Any, tokenizer_path: str, readers: dict[str, text.Reader]) -
 
     train = described(data.sources)
     for entry in train:
-        entry["whole"] = has_questions(entry["source"])  # an argument of `rows.pack`
+        entry["whole"] = has_questions(entry["source"])  # an argument of `rows.packed`
 
     return {
         "format": token_files.FORMAT,

@@ -86,8 +86,8 @@ BEFORE = {
     "optimizer.name": "adamw",
 }
 REMEDY = {
-    "resume": "use the same, or another --workdir",
-    "evaluate": "use the same, or another --workdir",
+    "resume": "use its values, or another --workdir",
+    "evaluate": "use its values, or another --workdir",
     "start": "name another checkpoint",
     "compare": "give another --out, or remove it",
 }

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from latent_delib.delib import augment
 from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.coprocessor import Latents, Reading
-from latent_delib.delib.traces import Traces
+from latent_delib.delib.traces import PLACEMENTS, Traces
 from latent_delib.lm import batching
 from latent_delib.lm.sampling import Sampler
 from latent_delib.nn import cache as cache_lib
@@ -178,7 +178,7 @@ def join(
     """
     traces = _trace(aug, state.text, state.length)
     # The entries of tokens that are read again are dropped first, and of text that is out of sight.
-    reread = traces.inputs.shape[2]
+    reread = PLACEMENTS[aug.placement].reread
     read = plain._replace(length=jnp.maximum(plain.length - reread, 0))
     if aug.visible_text:
         read = cache_lib.last_entries(read, max(aug.visible_text - reread, 0))

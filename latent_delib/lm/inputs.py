@@ -19,7 +19,7 @@ from latent_delib.machine import arguments
 _END = "the decoder's table of learned positions ends there"
 ATTENTION_FLAG = (
     "auto",
-    "its form: auto, a proven kernel or xla; or reference, xla, pallas_gpu, pallas_tpu,"
+    "form of attention: auto (a proven kernel, else xla), reference, xla, pallas_gpu, pallas_tpu,"
     " tokamax_gpu",
 )
 Prompt = str | Sequence[int]  # text, to which BOS is added; or token ids as they are

@@ -286,8 +286,8 @@ def decoder_of(workdir: str, record: Record) -> str:
         if there != record.step:
             found = "not written yet" if there is None else f"of step {there}"
             raise UserError(
-                f"{workdir}: the decoder trained there is {found}, "
-                f"the checkpoint is of step {record.step}; it is written when training ends"
+                f"{workdir}: its decoder is {found}, its checkpoint of step {record.step}; "
+                "the decoder is written at the end of the training"
             )
         return f"{workdir}/decoder"
     path = record["decoder.path"]

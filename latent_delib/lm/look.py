@@ -16,6 +16,7 @@ from flax.core.tracers import current_trace
 
 from latent_delib.delib import augment
 from latent_delib.delib.augment import Augmentation
+from latent_delib.delib.traces import PLACEMENTS
 from latent_delib.errors import UserError
 from latent_delib.lm.model import AugmentedLM
 from latent_delib.machine import arguments
@@ -124,8 +125,7 @@ def attention(
     names = [f"{i} {word}" for i, word in enumerate(words(lm, tokens))]
     cached = names[: at + 1]
     latents = [f"z{i + 1}" for i in range(lm.aug.count_latents(ahead))]
-    # number of tokens in the cache that the decoder reads again
-    reread = decoded.shape[3] - len(cached) - len(latents) - (ahead - 1)
+    reread = PLACEMENTS[lm.aug.placement].reread
     own = latents + names[at + 1 - reread : -1]
     own = [own[i] for i in lm.aug.reading_order(ahead)]
     of_decoder = AttentionMap(decoded, own[-decoded.shape[2] :], cached + own, at + 1)

@@ -31,7 +31,7 @@ class Sampler:
     The fields are inputs of a compiled program, so new values do not compile a new program.
     """
 
-    temperature: float = _option(0.0, "0: the likeliest token each time")
+    temperature: float = _option(0.0, "divides the logits; 0: the likeliest token each time")
     top_k: int = _option(0, "sample from this many of the likeliest tokens; 0: from all")
     top_p: float = _option(
         1.0, "sample from the likeliest tokens that together reach this probability"

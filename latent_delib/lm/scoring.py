@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from latent_delib.delib import augment, step
 from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.coprocessor import Latents
+from latent_delib.delib.traces import PLACEMENTS
 from latent_delib.lm.batching import one_segment, round_up
 from latent_delib.nn import transformer
 from latent_delib.nn.transformer import Params
@@ -105,7 +106,7 @@ def score_tails(
         aug = aug.without_latents
     z = augment.write_latents(aug, params, text, aug.lay_out(text_BT, segment_BT, last_B1, A))
     traces = aug.lay_out(text_BT, segment_BT, jnp.broadcast_to(last_B1, (B, M)), A)
-    reread = traces.inputs.shape[2] - (A - 1)
+    reread = PLACEMENTS[aug.placement].reread
     traces = traces._replace(
         inputs=jnp.concatenate([traces.inputs[..., :reread], tails_BMA[..., :-1]], axis=2),
         targets=tails_BMA,

@@ -148,24 +148,15 @@ class Checkpoints:
         there = on_first(lambda: sorted(saved_steps.whole_steps(self.workdir)))
         if not there:
             return None
-        asked = [at for at in reversed(there) if step in (None, at)]
-        if not asked:
+        if step not in (None, *there):
             raise UserError(f"{self.workdir}: no checkpoint of step {step}; there are {there}")
-        damaged: dict[int, str] = {}
-        for at in asked:
+        damaged: dict[int, str] = {}  # step -> reason
+        for at in reversed(there) if step is None else [step]:
             restored, damage = self._restore(at, wanted, check)
-            if damage:
-                damaged[at] = damage
-                continue
-            renamed: dict[int, str] = {}
-            if self.manager and damaged:
-                renamed = dict(zip(damaged, self._put_aside(list(damaged))))
-            for bad, why in damaged.items():
-                instead = f"checkpoint {at} is used instead"
-                if bad in renamed:
-                    instead += f"; its folder is now {renamed[bad]}"
-                warn(f"{self.workdir}: checkpoint {bad} is damaged ({why}), {instead}")
-            return restored
+            if not damage:
+                self._put_aside(damaged, used=at)
+                return restored
+            damaged[at] = damage
         # All folders keep their names, or the next try would start from scratch.
         each = ", ".join(f"checkpoint {bad} is damaged ({why})" for bad, why in damaged.items())
         others = [at for at in there if at not in damaged]
@@ -229,17 +220,21 @@ class Checkpoints:
                 raise UserError(f"{where} has {theirs} for {name} {leaf}, this config {ours}")
         return self.handler.restore(folder, args=ocp.args.StandardRestore(shapes))
 
-    def _put_aside(self, steps: list[int]) -> list[str]:
-        """Renames the folders of some steps; returns their new names."""
+    def _put_aside(self, damaged: Mapping[int, str], used: int) -> None:
+        """Warns of damaged checkpoints, step -> reason, and renames their folders if it may."""
         now = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
-        names = [f"DAMAGED-{step}-{now}" for step in steps]
-        if jax.process_index() == 0:
-            with _disk_errors(self.path):
-                for step, name in zip(steps, names):
-                    (self.path / str(step)).rename(self.path / name)
-        names = from_first(names)  # waits until all folders are renamed
-        self.manager.reload()
-        return names
+        for step, why in damaged.items():
+            instead = f"checkpoint {used} is used instead"
+            if self.manager:
+                name = f"DAMAGED-{step}-{now}"
+                instead += f"; its folder is now {name}"
+                if jax.process_index() == 0:
+                    with _disk_errors(self.path):
+                        (self.path / str(step)).rename(self.path / name)
+            warn(f"{self.workdir}: checkpoint {step} is damaged ({why}), {instead}")
+        if self.manager and damaged:
+            from_first(None)  # waits until all folders are renamed
+            self.manager.reload()
 
     def _make_folder(self) -> None:
         """Makes the folder, and checks that it can be written and that all processes share it.

@@ -25,7 +25,7 @@ REQUIRED = object()  # a string that must be given
 CONFIG = object()
 FOLDERS = object()  # all words that belong to no flag: at least one
 # flag -> (default, help). The default gives the type; None means an optional integer.
-Options = dict[str, tuple[Any, str]]
+Flags = dict[str, tuple[Any, str]]
 
 # The folder above configs/: the repository, or the copy that setup.py puts into the package.
 ROOT = Path(__file__).parents[2]
@@ -52,8 +52,8 @@ class _TupleParser(flags.ArgumentParser):
             except (SyntaxError, ValueError):
                 if "," in argument:  # one string, or two?
                     raise ValueError(
-                        "expected one value, or several like \"('A', 'B')\"; "
-                        "one that has a comma like \"('A,B',)\""
+                        "expected one value, or several, such as \"('A', 'B')\"; "
+                        "write one with a comma as \"('A,B',)\""
                     ) from None
         if isinstance(value, tuple | list):
             return tuple(value)
@@ -85,9 +85,11 @@ for _kind, _parser in PARSERS.items():
     config_flags.register_flag_parser_for_type(_kind, _parser)
 
 
-def help_text(doc: str, options: Options) -> str:
+def help_text(doc: str, options: Flags) -> str:
     """Returns the text that --help prints."""
-    lines = [doc.strip(), "", "flags:"]
+    lines = [doc.strip()]
+    if options:
+        lines += ["", "flags:"]
     for name, (default, text) in options.items():
         lines.append(f"  {_shown(name, default)}: {text}")
     if "config" in options:
@@ -95,7 +97,7 @@ def help_text(doc: str, options: Options) -> str:
     return "\n".join(lines)
 
 
-def parse_config(options: Options) -> ConfigDict:
+def parse_config(options: Flags) -> ConfigDict:
     """Returns the config of sys.argv; that of configs/base.py where no file is named.
 
     Other flags may be missing, and --list_keys may be given.
@@ -103,7 +105,7 @@ def parse_config(options: Options) -> ConfigDict:
     Raises:
       UserError: as `parse`.
     """
-    lenient: Options = {"list_keys": (False, "")}
+    lenient: Flags = {"list_keys": (False, "")}
     for name, (default, text) in options.items():
         lenient[name] = "" if default in (REQUIRED, FOLDERS) else default, text
     lenient["config"] = (lambda _: load_config(str(BASE)), "")
@@ -112,7 +114,7 @@ def parse_config(options: Options) -> ConfigDict:
     return values.config
 
 
-def parse(values: flags.FlagValues, options: Options) -> None:
+def parse(values: flags.FlagValues, options: Flags) -> None:
     """Parses sys.argv into `values`, and runs the config file that it names.
 
     Raises:
@@ -156,7 +158,7 @@ def _define(values: flags.FlagValues, name: str, default: Any) -> None:
     flags.DEFINE_flag(flag, values)
 
 
-def _parse_keys(values: flags.FlagValues, options: Options, arguments: list[str]) -> list[str]:
+def _parse_keys(values: flags.FlagValues, options: Flags, arguments: list[str]) -> list[str]:
     """Loads the config file and sets its keys by --config.KEY=VALUE; returns the other words.
 
     Raises:
@@ -177,7 +179,7 @@ def _parse_keys(values: flags.FlagValues, options: Options, arguments: list[str]
     return keys(["", *arguments])[1:]
 
 
-def _config(values: flags.FlagValues, options: Options) -> ConfigDict | None:
+def _config(values: flags.FlagValues, options: Flags) -> ConfigDict | None:
     """Returns the config that the command line names; None for a command without one."""
     if "config" not in options:
         return None

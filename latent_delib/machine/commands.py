@@ -29,7 +29,7 @@ UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, er
 NOISE = re.compile(
     r"Requested `tracked_metric`|run\(\) raised an exception|Handler Commit operations"
     "|Save Finalize thread|Event loop is closed|Task was destroyed but it is pending"
-    "|exception was never retrieved"
+    "|exception was never retrieved|uncached FunctionDataset"
 )
 
 
@@ -43,7 +43,7 @@ def run(main: Callable[[Any], None], doc: str, **options: tuple[Any, str]) -> No
     Args:
       main: a function that gets the values of the flags as attributes.
       doc: the text that --help prints first.
-      options: flag -> (default, help), as in `command_line.Options`.
+      options: flag -> (default, help), as in `command_line.Flags`.
     """
     _settle()
     values = flags.FlagValues()

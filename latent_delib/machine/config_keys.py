@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from latent_delib.machine.command_line import (
     BASE,
-    Options,
+    Flags,
     fields_of_tables,
     keys_of,
     parse_config,
@@ -18,7 +18,7 @@ WIDTH = 48  # characters for a key with its value, where they fit
 KEY = re.compile(r"c\.([\w.]+) = ")
 
 
-def list_keys(options: Options) -> str:
+def list_keys(options: Flags) -> str:
     """Returns the text that --list_keys prints: a line per key of the config in sys.argv.
 
     A line has the key, its value and its comment. The order is that of configs/base.py.

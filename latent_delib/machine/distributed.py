@@ -258,7 +258,7 @@ def _exit_code(error: BaseException, others: Others) -> int:
             file=sys.stderr,
             flush=True,
         )
-    if others.one_lost.wait(SILENCE):
-        time.sleep(2 * GRACE)
-        return LOST
-    return 1
+        if not others.one_lost.wait(SILENCE):
+            return 1
+    time.sleep(2 * GRACE)  # the watching thread ends this process meanwhile
+    return LOST

@@ -321,7 +321,7 @@ def load_public_task(task: str) -> Tasks:
     try:
         return _public_tasks().load([task])
     except Exception as error:  # datasets raises many kinds
-        remedy = "go online once; without a network HF_HUB_OFFLINE=1 takes what was fetched before"
+        remedy = "go online once; without a network, HF_HUB_OFFLINE=1 uses data fetched before"
         raise UserError(
             f"task {task}: its data cannot be loaded ({reason(error)}); {remedy}"
         ) from None

@@ -8,6 +8,7 @@ import io
 import json
 import zipfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -77,22 +78,26 @@ def add_up(
     document: int64 [pieces], the document of each case.
     """
     offset_A = np.arange(exp.config.evaluate.num_ahead)
-    last = exp.config.evaluate.max_length - 2  # indices past it are not counted
+    last = exp.config.evaluate.max_length - 2
+
+    def at(values_T: np.ndarray, before_kA: np.ndarray) -> np.ndarray:
+        return values_T[np.minimum(before_kA, last)]  # what is past the end is not counted
+
     for row, case in enumerate(cases):
         found = values.of(row)
         before_kA = case.at[:, None] + offset_A  # the token before the n-th one ahead
         own_before_kA = case.own_at[:, None] + offset_A
         counts_kA = before_kA < len(case.plain) - 1
         for term, total in sums.items():
-            plain_kA = found.plain[term][np.minimum(before_kA, last)]
+            plain_kA = at(found.plain[term], before_kA)
             if found.ahead is None:
-                own_kA = found.own[term][np.minimum(own_before_kA, last)]
+                own_kA = at(found.own[term], own_before_kA)
             else:
                 own_kA = found.ahead[term][: len(case.at)]
-            counted = {"axis": 0, "dtype": np.float64, "where": counts_kA}
             total.tokens[document[row]] += counts_kA.sum(axis=0)
-            total.decoder[document[row]] += plain_kA.sum(**counted)
-            total.augmented[document[row]] += own_kA.sum(**counted)
+            sum_over_places = partial(np.sum, axis=0, dtype=np.float64, where=counts_kA)
+            total.decoder[document[row]] += sum_over_places(plain_kA)
+            total.augmented[document[row]] += sum_over_places(own_kA)
 
 
 # On disk: the sums of each document, and partial sums, with which a killed evaluation continues.

@@ -9,9 +9,9 @@ import numpy as np
 from latent_delib.errors import UserError
 from latent_delib.machine.columns import aligned
 
-Row = dict[str, Any]
+BenchmarkRow = dict[str, Any]
 # A value, its standard error, the ends of its 95 % interval.
-Figure = tuple[float, float | None, float | None, float | None]
+Estimate = tuple[float, float | None, float | None, float | None]
 
 ANSWER = "answer_logp"  # the key of log p of the right answer, nats, in samples and rows
 Z = 1.96  # standard errors, for 95 %
@@ -30,7 +30,7 @@ ANSWER_COLUMNS = ("log p of answer", "95 % interval, nats")  # shown where a row
 TEXT = ("benchmark", "model", "unit")  # columns; the rest are numbers
 
 
-def summarize_scores(samples: Sequence[Row], metric: str, name: str = "") -> Row:
+def summarize_scores(samples: Sequence[BenchmarkRow], metric: str, name: str = "") -> BenchmarkRow:
     """Returns the figures of a row: a metric's value over documents, and its uncertainty.
 
     They are metric, unit, value, stderr, low and high (the ends of the 95 % interval), and
@@ -81,7 +81,7 @@ def summarize_scores(samples: Sequence[Row], metric: str, name: str = "") -> Row
     return row
 
 
-def _ratio(values: np.ndarray, size: np.ndarray) -> Figure:
+def _ratio(values: np.ndarray, size: np.ndarray) -> Estimate:
     """Returns Σ values / Σ size, the standard error of this ratio, and the interval's ends.
 
     values, size: float64 [documents].
@@ -95,12 +95,12 @@ def _ratio(values: np.ndarray, size: np.ndarray) -> Figure:
     return value, stderr, value - Z * stderr, value + Z * stderr
 
 
-def mean(values: np.ndarray) -> Figure:
+def mean(values: np.ndarray) -> Estimate:
     """Returns the mean of values, float64 [documents], its standard error, the interval's ends."""
     return _ratio(values, np.ones(len(values)))
 
 
-def percent(scores: np.ndarray) -> Figure:
+def percent(scores: np.ndarray) -> Estimate:
     """Returns the mean of 0-to-1 scores in percent, its standard error, Wilson's interval.
 
     scores: float64 [documents].
@@ -116,15 +116,15 @@ def percent(scores: np.ndarray) -> Figure:
     return 100 * p, stderr, max(0.0, low), min(100.0, high)
 
 
-def named(name: str, figure: Figure) -> dict[str, float]:
-    """Returns a figure and the ends of its interval, where it has one."""
-    value, _, low, high = figure
+def named(name: str, estimate: Estimate) -> dict[str, float]:
+    """Returns an estimate by name, with the ends of its interval where it has one."""
+    value, _, low, high = estimate
     if low is None or high is None:
         return {name: value}
     return {name: value, f"{name}_low": low, f"{name}_high": high}
 
 
-def format_rows(rows: Sequence[Row]) -> str:
+def format_rows(rows: Sequence[BenchmarkRow]) -> str:
     """Returns the rows as a table in plain text; rows of older files have no log p of answers."""
     columns = COLUMNS
     if any(ANSWER in row for row in rows):

@@ -8,7 +8,7 @@ from etils import epath
 
 from latent_delib.errors import UserError
 from latent_delib.machine.command_line import ROOT, run_file
-from latent_delib.measure.scores import Row
+from latent_delib.measure.scores import BenchmarkRow
 
 QUESTIONS_PREFIX = "qa:"  # begins the name of a file of questions
 
@@ -30,35 +30,39 @@ def listed(names: str) -> list[str]:
     return list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
 
 
-def choose(table: dict[str, Any], benchmarks: str) -> dict[str, Row]:
+def choose(table: dict[str, Any], benchmarks: str) -> dict[str, BenchmarkRow]:
     """Returns the rows of the table that --benchmarks names, in its order.
 
     Each says its task, and its set: "published", "offline" or "questions".
     """
-    sets: dict[str, dict[str, Row]] = {"published": {}, "offline": {}}
+    sets: dict[str, dict[str, BenchmarkRow]] = {"published": {}, "offline": {}}
     for each, rows in sets.items():
         for name, row in table[each.upper()].items():
             rows[name] = {"set": each, "task": name} | row
     for name, row in (sets["published"] | sets["offline"]).items():
         sets[name] = {name: row}
-    chosen: dict[str, Row] = {}
+    chosen: dict[str, BenchmarkRow] = {}
     for name in listed(benchmarks):
         if name.startswith(QUESTIONS_PREFIX):
             stem = Path(name.removeprefix(QUESTIONS_PREFIX)).stem
             if stem in sets or stem in chosen:
-                raise UserError(f"--benchmarks={name}: there is another {stem}; rename the file")
+                raise UserError(
+                    f"--benchmarks={name}: another benchmark has this name; rename the file"
+                )
             row = {"set": "questions", "task": name}
             chosen[stem] = row | {"shots": 0, "metric": "exact_match"}
             continue
         if name not in sets:
-            raise UserError(f"--benchmarks={name}: there are {', '.join(sets)}, and qa:FILE")
+            raise UserError(
+                f"--benchmarks={name}: no such benchmark; there are {', '.join(sets)}, qa:FILE"
+            )
         chosen |= sets[name]
     if not chosen:
         raise UserError(f"--benchmarks is empty; there are {', '.join(sets)}")
     return chosen
 
 
-def task_digest(row: Row, folder: str) -> str | None:
+def task_digest(row: BenchmarkRow, folder: str) -> str | None:
     """Returns the SHA-256 of a task's files, hex; None for one of the harness's own.
 
     Args:

@@ -161,15 +161,15 @@ def _with_latents(
     """
     at_once = _places_at_once(exp)
     places = _places(exp, cases, at_once)
-    rows_of_latents = []
+    donor_B = None  # the row whose latents a row gets; None: its own
     if cases[0].donor is not None:
         rows = np.arange(exp.config.evaluate.batch_size)
         rows[: len(cases)] += len(cases)  # the donors follow the cases
-        rows_of_latents = [_place_rows(exp, rows)]
+        donor_B = _place_rows(exp, rows)
     parts = []
     for first in range(0, places.shape[1], at_once):
         at_BM = _place_rows(exp, places[:, first : first + at_once])
-        part, _ = steps.ahead(params, reading, *text, at_BM, *rows_of_latents)
+        part, _ = steps.ahead(params, reading, *text, at_BM, donor_B)
         parts.append(part)
     return parts
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from latent_delib.nn import rotary
 from latent_delib.nn.attention import primitive
 from latent_delib.nn.attention.cards import LEAST
-from latent_delib.nn.attention.forms import FEW, attend
+from latent_delib.nn.attention.forms import attend
 from latent_delib.nn.attention.primitive import Bounds, Keys
 from latent_delib.nn.products import einsum, matmul
 from latent_delib.nn.sizes import TransformerConfig
@@ -67,6 +67,9 @@ HEADS = ("batch", "traces", None, "heads", None)
 QUERIES = ("batch", "traces", None)
 TEXT = ("batch", None, "heads", None)  # a prefix
 FEATURES = ("batch", "traces", None, "ffn")
+# Attention of at most this many queries per row uses the reference: its scores fit in memory, and
+# no other form is faster.
+FEW = 16
 
 
 def contracted(x_axes: Axes, w_axes: Axes, y_axes: Axes) -> int:
@@ -152,7 +155,6 @@ class Attention(nn.Module):
     config: TransformerConfig
     form: str
     partition: Partition = WHOLE
-    few: int = FEW
 
     @nn.compact
     def __call__(
@@ -204,12 +206,12 @@ class Attention(nn.Module):
                 q_BMSNH, k_BMUKH, prefix, bounds, scale=c.query_scale, softcap=c.attn_softcap
             )
             self.sow("intermediates", "weights", seen)
+        M, S = x_BMSD.shape[1:3]
         form = partial(
             attend,
             scale=c.query_scale,
             softcap=c.attn_softcap,
-            form=self.form,
-            few=self.few,
+            form="reference" if M * S <= FEW else self.form,
             shared_memory=self.partition.shared_memory,
         )
         in_axes = (HEADS, HEADS, HEADS, prefix and (TEXT, TEXT), Bounds(QUERIES, QUERIES, QUERIES))
@@ -264,7 +266,6 @@ class Block(nn.Module):
     config: TransformerConfig
     form: str
     partition: Partition = WHOLE
-    few: int = FEW
 
     @nn.compact
     def __call__(self, x_BMSD, is_local, prefix, given, ropes, ranges):
@@ -273,7 +274,7 @@ class Block(nn.Module):
         # Window and rotary base are data: one layer body serves both kinds.
         kind = partial(jax.lax.dynamic_index_in_dim, index=is_local, keepdims=False)
         rope_2BMSH, bounds = jax.tree.map(kind, (ropes, ranges))
-        attention = Attention(c, self.form, self.partition, self.few, name="attn")
+        attention = Attention(c, self.form, self.partition, name="attn")
         x_normed = norm("pre_attn_norm", x_BMSD)
         attended, kv = attention(x_normed, rope_2BMSH, bounds, prefix, given)
         x_BMSD += norm("post_attn_norm", attended) if c.post_norms else attended

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from latent_delib.nn import rotary
-from latent_delib.nn.attention.forms import FEW, SAVED
+from latent_delib.nn.attention.forms import SAVED
 from latent_delib.nn.attention.primitive import Bounds, within_window
 from latent_delib.nn.cache import KV, Cache
 from latent_delib.nn.layers import PARAM_AXES, TRACES, WHOLE, Block, Partition, normed
@@ -47,7 +47,6 @@ class Transformer(nn.Module):
     remat: str = "none"
     partition: Partition = WHOLE
     form: str = "xla"  # form of attention, one of forms.FORMS
-    few: int = FEW  # calls of at most this many queries per row are computed by the reference form
 
     @nn.compact
     def __call__(
@@ -99,7 +98,7 @@ class Transformer(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, 0, 0, nn.broadcast, nn.broadcast),
             length=c.num_layers,
-        )(c, self.form, self.partition, self.few, name="layers")
+        )(c, self.form, self.partition, name="layers")
         dtype = x_BMSD.dtype
         prefix = None if cache is None else (cache.k.astype(dtype), cache.v.astype(dtype))
         given = None if given is None else tuple(x.astype(dtype) for x in given)

@@ -6,13 +6,11 @@ from pathlib import Path
 import jax
 
 from latent_delib.delib import cost
-from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.methods import METHODS
 from latent_delib.errors import UserError
 from latent_delib.job import build, parameters
 from latent_delib.job import plan as planning
 from latent_delib.nn.sizes import TransformerConfig
-from latent_delib.nn.transformer import Transformer
 from latent_delib.results import tables
 from latent_delib.results.entries import Entry, entries, is_control, labels
 from latent_delib.results.runs import PERPLEXITY, Result, Runs
@@ -100,19 +98,9 @@ def training_costs(result: Result) -> tuple[int, float] | None:
     decoder = architecture_of(result)
     if decoder is None or method["name"] not in METHODS:
         return None
-    coprocessor = build.own_architecture(record, decoder) or decoder
-    aug = Augmentation(
-        Transformer(decoder),
-        method["name"],
-        method["num_latents"],
-        method["placement"],
-        coprocessor=Transformer(coprocessor),
-        every=method.get("every", 0),
-        distill=method.get("distill", 0.0),
-        visible_text=method.get("visible_text", 0),
-    )
+    aug = build.augmentation(record, decoder)
     init = parameters.init_trainable(aug, method.get("lora_rank", 0))
-    begun_from = coprocessor if record.assistant else decoder
+    begun_from = aug.models.coprocessor.config if record.assistant else decoder
     trained = jax.eval_shape(init, jax.random.key(0), folder.shapes(begun_from))
     counted = cost.step_flops(
         aug,

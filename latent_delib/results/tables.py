@@ -175,18 +175,19 @@ def _lines(benchmark: str, models: Sequence[Entry]) -> list[Row]:
         figure = score(row, result.key)
         column = _score_column(entry.latents)
         decoder = result.data["fingerprint"]
-        free = [line for line in lines if line.takes(decoder, row, column)]
-        if not is_decoder(entry):
-            free = [line for line in free if line.label == words][:1]
-        if not free:
-            free = [_Line(decoder, words, row, {"what": words, "setting": _setting(row)})]
-            lines += free
-        for line in free:
+        chosen = [line for line in lines if line.takes(decoder, row, column)]
+        if not is_decoder(entry):  # it stands on one line, the first that has its words
+            chosen = [line for line in chosen if line.label == words][:1]
+        if not chosen:
+            chosen = [_Line(decoder, words, row, {"what": words, "setting": _setting(row)})]
+            lines += chosen
+        for line in chosen:
             line.cells[column] = figure
     # Lines of one decoder and label stand together, in the order of their first.
-    order = [(line.decoder, line.label) for line in lines]
-    lines.sort(key=lambda line: order.index((line.decoder, line.label)))
-    return [line.cells for line in lines]
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for line in lines:
+        groups.setdefault((line.decoder, line.label), []).append(line.cells)
+    return [cells for group in groups.values() for cells in group]
 
 
 def _setting(row: dict[str, Any]) -> str:

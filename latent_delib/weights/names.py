@@ -21,7 +21,7 @@ from latent_delib.nn.sizes import TransformerConfig, family
 from latent_delib.weights.tensors import check_shapes
 
 
-class Row(NamedTuple):
+class Names(NamedTuple):
     """Holds the axes of one leaf, and its name and axes in each form.
 
     deepmind: "" for leaves that Gemma does not have: DeepMind has published Gemma alone.
@@ -38,73 +38,73 @@ LAYER = {"huggingface": "model.layers.{}.", "gguf": "blk.{}.", "deepmind": "laye
 GPT2_LAYER = LAYER | {"huggingface": "transformer.h.{}."}
 
 _OUTSIDE = {
-    "embedding": Row(
+    "embedding": Names(
         "V D",
         "model.embed_tokens.weight V D",
         "token_embd.weight V D",
         "embedder/input_embedding V D",
     ),
-    "final_norm.scale": Row(
+    "final_norm.scale": Names(
         "D", "model.norm.weight D", "output_norm.weight D", "final_norm/scale D"
     ),
 }
 _LLAMA = {
-    "pre_attn_norm.scale": Row(
+    "pre_attn_norm.scale": Names(
         "D", "input_layernorm.weight D", "attn_norm.weight D", "pre_attention_norm/scale D"
     ),
-    "attn.q": Row(
+    "attn.q": Names(
         "D N H", "self_attn.q_proj.weight (N H) D", "attn_q.weight (N H) D", "attn/q_einsum N D H"
     ),
-    "attn.k": Row(
+    "attn.k": Names(
         "D K H",
         "self_attn.k_proj.weight (K H) D",
         "attn_k.weight (K H) D",
         "attn/kv_einsum[0/2] i K D H",
     ),
-    "attn.v": Row(
+    "attn.v": Names(
         "D K H",
         "self_attn.v_proj.weight (K H) D",
         "attn_v.weight (K H) D",
         "attn/kv_einsum[1/2] i K D H",
     ),
-    "attn.out": Row(
+    "attn.out": Names(
         "N H D",
         "self_attn.o_proj.weight D (N H)",
         "attn_output.weight D (N H)",
         "attn/attn_vec_einsum N H D",
     ),
-    "pre_mlp_norm.scale": Row(
+    "pre_mlp_norm.scale": Names(
         "D", "post_attention_layernorm.weight D", "ffn_norm.weight D", "pre_ffw_norm/scale D"
     ),
-    "mlp.gate": Row(
+    "mlp.gate": Names(
         "D F", "mlp.gate_proj.weight F D", "ffn_gate.weight F D", "mlp/gating_einsum[0/2] i D F"
     ),
-    "mlp.up": Row(
+    "mlp.up": Names(
         "D F", "mlp.up_proj.weight F D", "ffn_up.weight F D", "mlp/gating_einsum[1/2] i D F"
     ),
-    "mlp.down": Row("F D", "mlp.down_proj.weight D F", "ffn_down.weight D F", "mlp/linear F D"),
+    "mlp.down": Names("F D", "mlp.down_proj.weight D F", "ffn_down.weight D F", "mlp/linear F D"),
 }
 _QK_NORMS = {
-    "attn.q_norm.scale": Row(
+    "attn.q_norm.scale": Names(
         "H", "self_attn.q_norm.weight H", "attn_q_norm.weight H", "attn/_query_norm/scale H"
     ),
-    "attn.k_norm.scale": Row(
+    "attn.k_norm.scale": Names(
         "H", "self_attn.k_norm.weight H", "attn_k_norm.weight H", "attn/_key_norm/scale H"
     ),
 }
 # Hugging Face's post_attention_layernorm is the norm before the MLP in Llama, but after the
 # attention here.
 _POST_NORMS = {
-    "post_attn_norm.scale": Row(
+    "post_attn_norm.scale": Names(
         "D",
         "post_attention_layernorm.weight D",
         "post_attention_norm.weight D",
         "post_attention_norm/scale D",
     ),
-    "pre_mlp_norm.scale": Row(
+    "pre_mlp_norm.scale": Names(
         "D", "pre_feedforward_layernorm.weight D", "ffn_norm.weight D", "pre_ffw_norm/scale D"
     ),
-    "post_mlp_norm.scale": Row(
+    "post_mlp_norm.scale": Names(
         "D",
         "post_feedforward_layernorm.weight D",
         "post_ffw_norm.weight D",
@@ -112,34 +112,34 @@ _POST_NORMS = {
     ),
 }
 _QKV_BIASES = {
-    "attn.q_bias": Row("N H", "self_attn.q_proj.bias (N H)", "attn_q.bias (N H)"),
-    "attn.k_bias": Row("K H", "self_attn.k_proj.bias (K H)", "attn_k.bias (K H)"),
-    "attn.v_bias": Row("K H", "self_attn.v_proj.bias (K H)", "attn_v.bias (K H)"),
+    "attn.q_bias": Names("N H", "self_attn.q_proj.bias (N H)", "attn_q.bias (N H)"),
+    "attn.k_bias": Names("K H", "self_attn.k_proj.bias (K H)", "attn_k.bias (K H)"),
+    "attn.v_bias": Names("K H", "self_attn.v_proj.bias (K H)", "attn_v.bias (K H)"),
 }
-_HEAD = Row("V D", "lm_head.weight V D", "output.weight V D")
+_HEAD = Names("V D", "lm_head.weight V D", "output.weight V D")
 _GPT2_OUTSIDE = {
-    "embedding": Row("V D", "transformer.wte.weight V D", "token_embd.weight V D"),
-    "positions": Row("P D", "transformer.wpe.weight P D", "position_embd.weight P D"),
-    "final_norm.scale": Row("D", "transformer.ln_f.weight D", "output_norm.weight D"),
-    "final_norm.bias": Row("D", "transformer.ln_f.bias D", "output_norm.bias D"),
+    "embedding": Names("V D", "transformer.wte.weight V D", "token_embd.weight V D"),
+    "positions": Names("P D", "transformer.wpe.weight P D", "position_embd.weight P D"),
+    "final_norm.scale": Names("D", "transformer.ln_f.weight D", "output_norm.weight D"),
+    "final_norm.bias": Names("D", "transformer.ln_f.bias D", "output_norm.bias D"),
 }
 _GPT2 = {
-    "pre_attn_norm.scale": Row("D", "ln_1.weight D", "attn_norm.weight D"),
-    "pre_attn_norm.bias": Row("D", "ln_1.bias D", "attn_norm.bias D"),
-    "attn.q": Row("D N H", "attn.c_attn.weight[0/3] D (i N H)", "attn_qkv.weight[0/3] (i N H) D"),
-    "attn.k": Row("D N H", "attn.c_attn.weight[1/3] D (i N H)", "attn_qkv.weight[1/3] (i N H) D"),
-    "attn.v": Row("D N H", "attn.c_attn.weight[2/3] D (i N H)", "attn_qkv.weight[2/3] (i N H) D"),
-    "attn.q_bias": Row("N H", "attn.c_attn.bias[0/3] (i N H)", "attn_qkv.bias[0/3] (i N H)"),
-    "attn.k_bias": Row("N H", "attn.c_attn.bias[1/3] (i N H)", "attn_qkv.bias[1/3] (i N H)"),
-    "attn.v_bias": Row("N H", "attn.c_attn.bias[2/3] (i N H)", "attn_qkv.bias[2/3] (i N H)"),
-    "attn.out": Row("N H D", "attn.c_proj.weight (N H) D", "attn_output.weight D (N H)"),
-    "attn.out_bias": Row("D", "attn.c_proj.bias D", "attn_output.bias D"),
-    "pre_mlp_norm.scale": Row("D", "ln_2.weight D", "ffn_norm.weight D"),
-    "pre_mlp_norm.bias": Row("D", "ln_2.bias D", "ffn_norm.bias D"),
-    "mlp.up": Row("D F", "mlp.c_fc.weight D F", "ffn_up.weight F D"),
-    "mlp.up_bias": Row("F", "mlp.c_fc.bias F", "ffn_up.bias F"),
-    "mlp.down": Row("F D", "mlp.c_proj.weight F D", "ffn_down.weight D F"),
-    "mlp.down_bias": Row("D", "mlp.c_proj.bias D", "ffn_down.bias D"),
+    "pre_attn_norm.scale": Names("D", "ln_1.weight D", "attn_norm.weight D"),
+    "pre_attn_norm.bias": Names("D", "ln_1.bias D", "attn_norm.bias D"),
+    "attn.q": Names("D N H", "attn.c_attn.weight[0/3] D (i N H)", "attn_qkv.weight[0/3] (i N H) D"),
+    "attn.k": Names("D N H", "attn.c_attn.weight[1/3] D (i N H)", "attn_qkv.weight[1/3] (i N H) D"),
+    "attn.v": Names("D N H", "attn.c_attn.weight[2/3] D (i N H)", "attn_qkv.weight[2/3] (i N H) D"),
+    "attn.q_bias": Names("N H", "attn.c_attn.bias[0/3] (i N H)", "attn_qkv.bias[0/3] (i N H)"),
+    "attn.k_bias": Names("N H", "attn.c_attn.bias[1/3] (i N H)", "attn_qkv.bias[1/3] (i N H)"),
+    "attn.v_bias": Names("N H", "attn.c_attn.bias[2/3] (i N H)", "attn_qkv.bias[2/3] (i N H)"),
+    "attn.out": Names("N H D", "attn.c_proj.weight (N H) D", "attn_output.weight D (N H)"),
+    "attn.out_bias": Names("D", "attn.c_proj.bias D", "attn_output.bias D"),
+    "pre_mlp_norm.scale": Names("D", "ln_2.weight D", "ffn_norm.weight D"),
+    "pre_mlp_norm.bias": Names("D", "ln_2.bias D", "ffn_norm.bias D"),
+    "mlp.up": Names("D F", "mlp.c_fc.weight D F", "ffn_up.weight F D"),
+    "mlp.up_bias": Names("F", "mlp.c_fc.bias F", "ffn_up.bias F"),
+    "mlp.down": Names("F D", "mlp.c_proj.weight F D", "ffn_down.weight D F"),
+    "mlp.down_bias": Names("D", "mlp.c_proj.bias D", "ffn_down.bias D"),
 }
 LAYER_ROWS = {
     "llama": _LLAMA,
@@ -152,7 +152,7 @@ LAYER_ROWS = {
 }
 
 
-def rows(config: TransformerConfig) -> dict[str, Row]:
+def rows(config: TransformerConfig) -> dict[str, Names]:
     """Returns leaf -> row, for all leaves of an architecture."""
     ours = family(config)
     found = dict(_GPT2_OUTSIDE if ours == "gpt2" else _OUTSIDE)
@@ -220,18 +220,8 @@ def tensors(config: TransformerConfig, form: str) -> Iterator[Tensor]:
     )
     sizes |= dict(P=c.learned_positions, h=c.head_dim // 2, c=2)
     prefixes = GPT2_LAYER if family(c) == "gpt2" else LAYER
-    has_pairs = form == "gguf" and family(c) == "llama"
-    is_fused = form == "deepmind" and c.num_heads == c.num_kv_heads
-    for leaf, row in rows(c).items():
-        name, _, theirs = getattr(row, form).partition(" ")
-        ours = row.ours
-        if has_pairs and leaf in ("layers.attn.q", "layers.attn.k"):
-            # GGUF's Llama has rotary pairs as neighbours, (0, 1), (2, 3), ...; others as two halves
-            # of a head.
-            theirs, ours = theirs.replace("H", "h c"), ours.replace("H", "(c h)")
-        if is_fused and re.fullmatch(r"layers\.attn\.[qkv]", leaf):
-            name = f"attn/qkv_einsum[{'qkv'.index(leaf[-1])}/3]"
-            theirs = f"i {theirs.removeprefix('i ')}"
+    for leaf, names in rows(c).items():
+        name, theirs, ours = _columns(c, form, leaf, names)
         part = re.fullmatch(r"(.*)\[(\d)/(\d)\]", name)
         own_sizes = sizes | {"i": int(part[3])} if part else sizes
         groups = re.findall(r"\([^)]*\)|\w", theirs)
@@ -255,6 +245,20 @@ def tensors(config: TransformerConfig, form: str) -> Iterator[Tensor]:
         for layer in range(c.num_layers):
             name = prefixes[form].format(layer) + tensor.name
             yield dataclasses.replace(tensor, layer=layer, name=name)
+
+
+def _columns(c: TransformerConfig, form: str, leaf: str, names: Names) -> tuple[str, str, str]:
+    """Returns a leaf's name in a form, the axes that it has there, and those that it has here."""
+    name, _, theirs = getattr(names, form).partition(" ")
+    if form == "gguf" and family(c) == "llama" and leaf in ("layers.attn.q", "layers.attn.k"):
+        # GGUF's Llama has rotary pairs as neighbours, (0, 1), (2, 3), ...; others as two halves of
+        # a head.
+        return name, theirs.replace("H", "h c"), names.ours.replace("H", "(c h)")
+    is_qkv = re.fullmatch(r"layers\.attn\.[qkv]", leaf)
+    if form == "deepmind" and is_qkv and c.num_heads == c.num_kv_heads:  # fused in one tensor
+        name = f"attn/qkv_einsum[{'qkv'.index(leaf[-1])}/3]"
+        return name, f"i {theirs.removeprefix('i ')}", names.ours
+    return name, theirs, names.ours
 
 
 def fused(found: Iterable[Tensor]) -> dict[str, list[Tensor]]:

@@ -11,6 +11,7 @@ import small
 from benchmarks import dense
 from latent_delib.delib import augment
 from latent_delib.delib.augment import Augmentation
+from latent_delib.nn import layers
 from latent_delib.nn.transformer import Transformer
 
 
@@ -22,13 +23,14 @@ from latent_delib.nn.transformer import Transformer
         pytest.param("llama", "after", marks=pytest.mark.slow),
     ],
 )
-def test_loss_and_gradient_equal_ours(name, placement):
+def test_loss_and_gradient_equal_ours(name, placement, monkeypatch):
+    monkeypatch.setattr(layers, "FEW", 0)
     config = small.CONFIGS[name]
     params = jax.tree.map(
         jnp.array, {"decoder": small.decoder(config), "coprocessor": small.coprocessor(config, 3)}
     )
     tokens_BT, segment_BT, at_BM = jax.tree.map(jnp.array, small.packed(config))
-    aug = Augmentation(Transformer(config, few=0), num_latents=3, placement=placement)
+    aug = Augmentation(Transformer(config), num_latents=3, placement=placement)
 
     def value_and_gradient(loss):
         def of_coprocessor(trainable):

@@ -253,22 +253,6 @@ def test_bad_text_is_skipped_up_to_the_limit(bad_text, tokenizer_path, tmp_path,
             list(batches.validation_documents(make_data(bad_text, "", limit), tokenizer_path=path))
 
 
-def test_rows_name_what_was_skipped_before_them(tokenizer_path, tmp_path):
-    from latent_delib.data import tasks
-
-    lines = [b"cat", b"\xff", b"dog", b"\xfe", *[b"the cat sat on a mat " * 9] * 3, b"end", b"\xff"]
-    (tmp_path / "1").write_bytes(b"\n".join(lines))
-    reader = text.open_source(f"lines:{tmp_path}/1")
-    task = tasks.seqio.TaskRegistry.get(tasks.add_task(reader, str(tokenizer_path)))
-    dataset = task.get_dataset(
-        {"tokens": T}, tasks.SPLIT, shuffle=False, trim_output_features=False
-    )
-    # the same in all rows that a text ends
-    found = [row["bad"].decode() for row in dataset.as_numpy_iterator()]
-    line = f"{tmp_path}/1: line {{}}: not UTF-8 text\n".format
-    assert [bad for bad, _ in itertools.groupby(found)] == [line(2) + line(4), "", line(9)]
-
-
 def test_a_source_of_nothing_else_holds_no_text(tokenizer_path, tmp_path):
     (tmp_path / "1").write_bytes(b"\xff\n" * 9)
     with pytest.raises(UserError, match="holds no text"):

@@ -8,6 +8,7 @@ import pytest
 from sentencepiece import sentencepiece_model_pb2
 
 from latent_delib.data import batches, questions, text, token_files
+from latent_delib.data.rows import BadRecords
 from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.errors import UserError
 from latent_delib.job import preparation
@@ -160,9 +161,9 @@ def test_questions_are_kept_whole(tmp_path, tokenizer, make_config):
         yield from next(every)["tokens"]
 
     def of_seqio():
-        task = tasks.seqio.TaskRegistry.get(tasks.add_task(text.open_source(source), path))
-        rows = task.get_dataset({"tokens": 64}, tasks.SPLIT, shuffle=False)
-        yield from (row["tokens"] for row in rows.as_numpy_iterator())
+        made = text.open_source(source), tokenizer, 64, BadRecords(0)
+        rows = tasks.make_task(*made, seed=0).get_dataset({"tokens": 64}, "train", shuffle=False)
+        yield from (row["tokens"] for row in rows.take(30).as_numpy_iterator())
 
     def of_validation():
         yield from batches.validation_rows(config.data, tokenizer_path=path, count=12)["tokens"]
@@ -173,7 +174,9 @@ def test_questions_are_kept_whole(tmp_path, tokenizer, make_config):
         for row in rows:
             pieces = np.split(row, np.flatnonzero(row == tokenizer.bos_id))[1:]
             found += [[int(t) for t in piece[1:] if t != tokenizer.pad_id] for piece in pieces]
-        assert sorted(found) == sorted(wanted)
+        # seqio's rows have no end, so the last one may hold the beginning of a question
+        count = len(found) // len(wanted)
+        assert sorted(found[: count * len(wanted)]) == sorted(wanted * count) and count
 
 
 def test_of_a_question_longer_than_a_row_the_end_is_left_out(tmp_path, make_config, capsys):

@@ -16,15 +16,10 @@ PAD, BOS = 0, 2
 
 
 def packed(documents, length, whole=False):
-    body = np.empty(0, np.int32)
-    found = []
-    for document in [*documents, np.empty(0, np.int32)]:
-        complete, body = rows.pack(
-            body, document, length=length, bos_id=BOS, pad_id=PAD, whole=whole
-        )
-        found.extend(complete.tolist())
-    assert not len(body)
-    return found
+    documents = [np.array(document, np.int32) for document in documents]
+    blocks = list(rows.packed(documents, length=length, bos_id=BOS, pad_id=PAD, whole=whole))
+    assert all(block.dtype == np.int32 for block in blocks)
+    return np.concatenate(blocks).tolist()
 
 
 def packed_token_by_token(documents, length):

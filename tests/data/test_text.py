@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from latent_delib import prepare as prepare_command
 from latent_delib.data import batches, rows, token_files
 from latent_delib.data import text as reader
+from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.errors import UserError
 from latent_delib.machine import progress
 from latent_delib.weights.locate import PACKAGED
@@ -139,51 +140,51 @@ def test_utf_16_is_refused(tokenizer, tmp_path, kind, mark, encoding):
         documents(tokenizer, f"{kind}:{tmp_path}/1")
 
 
+def rows_of_task(task, count):
+    """Its first rows, before seqio shuffles them."""
+    dataset = task.get_dataset({"tokens": T}, "train", shuffle=False, trim_output_features=False)
+    return [row["tokens"].tolist() for row in dataset.take(count).as_numpy_iterator()]
+
+
 def test_rows_of_a_task_are_its_packed_documents(tasks, tokenizer, tmp_path):
-    write_files(tmp_path, files=3, documents_each=5)
-    name = tasks.add_task(reader.open_source(f"files:{tmp_path}/*"), tokenizer)
-    dataset = tasks.seqio.TaskRegistry.get(name).get_dataset(
-        {"tokens": T}, tasks.SPLIT, shuffle=False, trim_output_features=False
-    )
-    found = [row["tokens"].tolist() for row in dataset.as_numpy_iterator()]
-    body, expected = np.empty(0, np.int32), []
-    for document in [*documents(tokenizer, f"files:{tmp_path}/*"), np.empty(0)]:
-        complete, body = rows.pack(body, document, length=T, bos_id=BOS, pad_id=PAD)
-        expected += complete.tolist()
-    assert found == expected and len(found) > 10
+    """Epoch after epoch, without padding between them."""
+    write_files(tmp_path, files=1, documents_each=15)
+    source = f"files:{tmp_path}/*"
+    epochs = documents(tokenizer, source) * 3
+    expected = rows.packed(epochs, length=T, bos_id=BOS, pad_id=PAD)
+    expected = np.concatenate(list(expected)).tolist()[:-1]  # without the row that is not full
+    made = reader.open_source(source), Tokenizer(tokenizer), T, rows.BadRecords(0)
+    found = rows_of_task(tasks.make_task(*made, seed=0), len(expected))
+    assert found == expected and len(found) > 40
 
 
-def test_seqio_yields_what_the_reader_yields(tasks, tokenizer, tmp_path):
-    """The same documents in the same order: more files than are read in turns, some of them bad."""
+def test_each_epoch_reads_every_document_once(tasks, tokenizer, tmp_path):
+    """The files in another order each time, decided by the key; some documents are bad."""
     for i in range(40):
         content = [make_text(i + k, 5).encode() for k in range((0, 1, 15, 16, 17, 40)[i % 6])]
         content = [b"\xff" if k % 13 == 12 else text for k, text in enumerate(content)]
         (tmp_path / f"{i:02}.txt").write_bytes(b"\r\n\f\n".join(content))
-    for kind in ("files", "lines"):
-        source = reader.open_source(f"{kind}:{tmp_path}/*")
-        task = tasks.seqio.TaskRegistry.get(tasks.add_task(source, tokenizer))
-        found = task.get_dataset(None, tasks.SPLIT, shuffle=False).as_numpy_iterator()
-        good, bad = [], []
-        for document in found:
-            if document["bad"]:
-                bad.append(document["bad"].decode())
-            else:
-                good.append(document["tokens"].tolist())
-        records = rows.BadRecords(999)
-        read = reader.documents(source, tokenizer, records)
-        assert [d.tokens.tolist() for d in read] == good and len(good) > 300
-        assert list(records.met) == bad and len(bad) > 10
+    source = reader.open_source(f"files:{tmp_path}/*")
+    records = rows.BadRecords(999)
+    read = [d.tokens.tolist() for d in reader.documents(source, tokenizer, records)]
+    assert len(read) > 300 and len(records.met) > 10
+
+    def epochs(*key):
+        met = rows.BadRecords(999)
+        endless = tasks.endless_documents(source, Tokenizer(tokenizer), met, key)
+        found = [tokens.tolist() for tokens in itertools.islice(endless, 2 * len(read))]
+        assert met.met.keys() == records.met.keys()
+        return found[: len(read)], found[len(read) :]
+
+    first, second = epochs(0, 1)
+    assert sorted(first) == sorted(second) == sorted(read) and first != second
+    assert epochs(0, 1) == (first, second) and epochs(1, 1)[0] != first != epochs(0, 0)[0]
 
 
-def test_registration_is_idempotent_and_new_files_are_seen(tasks, tokenizer, tmp_path):
+def test_new_files_are_seen(tokenizer, tmp_path):
     write_files(tmp_path, files=1, documents_each=2)
     source = f"files:{tmp_path}/*"
-    found = reader.open_source(source)
-    name = tasks.add_task(found, tokenizer)
-    assert tasks.add_task(found, tokenizer) == name and name in tasks.seqio.TaskRegistry.names()
-    assert tasks.add_mixture([found], [1.0], tokenizer) == tasks.add_mixture(
-        [found], [1.0], tokenizer
-    )
+    assert len(texts(tokenizer, source)) == 2
     (tmp_path / "99.txt").write_text("late")
     assert texts(tokenizer, source)[-1] == "late"
 

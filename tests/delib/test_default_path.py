@@ -32,9 +32,7 @@ PARAMS = {"decoder": small.decoder(CONFIG), "coprocessor": small.coprocessor(CON
 
 
 def augmentation(remat, method="cache_augmentation"):
-    return Augmentation(
-        Transformer(CONFIG, remat, form="xla", few=0), method, L, "overlay", loss_chunk=64
-    )
+    return Augmentation(Transformer(CONFIG, remat, form="xla"), method, L, "overlay", loss_chunk=64)
 
 
 def test_the_shapes_go_round_every_loop():

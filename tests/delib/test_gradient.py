@@ -20,6 +20,7 @@ from latent_delib.delib import augment
 from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.loss import ahead_weights
 from latent_delib.delib.methods import METHODS
+from latent_delib.nn import layers
 from latent_delib.nn.transformer import Transformer
 
 EVERY = 2  # ahead tokens from one group of `latent_tokens` to the next
@@ -147,10 +148,11 @@ def moved(tree, path, change):
 
 
 @pytest.mark.parametrize("method, family, placement", CASES + SLOW)
-def test_loss_and_gradient_equal_the_naive_reading(method, family, placement):
+def test_loss_and_gradient_equal_the_naive_reading(method, family, placement, monkeypatch):
+    monkeypatch.setattr(layers, "FEW", 0)
     config = small.CONFIGS[family]
     trained, frozen = parameters(method, config)
-    model = partial(Transformer, remat="attention", form="xla", few=0)
+    model = partial(Transformer, remat="attention", form="xla")
     other = model(ASSISTANTS[config]) if method == "assistant" else None
     aug = Augmentation(
         model(config),

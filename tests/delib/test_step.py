@@ -23,7 +23,7 @@ from latent_delib.delib import step as step_lib
 from latent_delib.delib.step import Objective, TrainState, make_optimizer, train_step
 from latent_delib.job import experiment, parameters
 from latent_delib.job import plan as planning
-from latent_delib.nn.attention.forms import FEW
+from latent_delib.nn.layers import FEW
 from latent_delib.nn.transformer import Transformer
 from latent_delib.weights import folder
 

@@ -127,5 +127,5 @@ def test_another_decoder_and_tokenizer(record):
     assert str(error.value) == (
         "runs/x: decoder.fingerprint is 000000000000 there, ffffffffffff here; "
         "decoder.tokenizer is 111111111111 there, tttttttttttt here; "
-        "use the same, or another --workdir"
+        "use its values, or another --workdir"
     )

@@ -282,7 +282,7 @@ def test_questions_of_before_there_were_hops_are_not_overwritten(here: Path) -> 
 def test_decoders_are_not_asked_for(here: Path) -> None:
     for name in ("lab/pretrain", "hops/pretrain@1"):
         (said,) = run_paper(here, name, code=1)
-        assert said.startswith(f"error: {name}: decoders are made by themselves")
+        assert said.startswith(f"error: {name}: decoders are made automatically")
     assert not (here / "calls").exists()
 
 

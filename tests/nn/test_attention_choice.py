@@ -138,7 +138,7 @@ def test_a_kernel_that_does_not_compile_gives_way(monkeypatch):
     device = jax.local_devices()[0]
     monkeypatch.setattr(jax, "devices", lambda *_: [device])
     monkeypatch.setitem(choice.BY_PLATFORM, "cpu", ("pallas_gpu",))
-    monkeypatch.setitem(choice.PROVEN, "pallas_gpu", (choice.family(device),))
+    monkeypatch.setitem(choice.PROVEN, "pallas_gpu", (choice.card_family(device),))
     assert quietly("auto", device) == "pallas_gpu"
 
     def broken(*_, **__):
@@ -163,5 +163,5 @@ def test_what_a_kernel_does_not_serve_is_left_to_its_calls():
 @pytest.mark.parametrize("card", memory.CARDS.values(), ids=memory.CARDS)
 def test_the_family_of_a_card(card):
     capability = f"{card.major}.{card.minor}"
-    assert choice.family(Card("gpu", card.name, capability)) == f"sm_{card.major}{card.minor}"
-    assert choice.family(Card("tpu", "TPU v6 lite")) == "TPU v6 lite"
+    assert choice.card_family(Card("gpu", card.name, capability)) == f"sm_{card.major}{card.minor}"
+    assert choice.card_family(Card("tpu", "TPU v6 lite")) == "TPU v6 lite"

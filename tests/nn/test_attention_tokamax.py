@@ -60,9 +60,9 @@ def test_auto_takes_it_once_it_alone_is_proven(device, monkeypatch, tmp_path):
     with pytest.warns(UserWarning, match="pallas_gpu or tokamax_gpu is not proven"):
         assert choose() == "xla"
     proof = {"jax": jax.__version__, "code": choice.code_digest()}
-    choice.record_proof("tokamax_gpu", choice.family(device), proof)
+    choice.record_proof("tokamax_gpu", choice.card_family(device), proof)
     assert choose() == "tokamax_gpu"
-    choice.record_proof("pallas_gpu", choice.family(device), proof)
+    choice.record_proof("pallas_gpu", choice.card_family(device), proof)
     assert choose() == "pallas_gpu"
 
 
@@ -175,7 +175,7 @@ def on_a_cpu(monkeypatch):
     original = tokamax_gpu._kernel
     monkeypatch.setattr(tokamax_gpu, "_kernel", lambda *x: (kernel, original(*x)[1]))
     float32 = tokamax_gpu.HEAD_DIMS, (jnp.float32,)
-    monkeypatch.setitem(forms.SERVED, "tokamax_gpu", float32)
+    monkeypatch.setitem(forms.SUPPORTED, "tokamax_gpu", float32)
 
 
 @needs_tokamax

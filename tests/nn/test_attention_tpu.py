@@ -114,7 +114,7 @@ def out_and_grads(attend, bounds, softcap, q, k, v, prefix, cotangent):
     return out, vjp(cotangent)
 
 
-kernel = partial(forms.attend, form="pallas_tpu", few=0)  # interpreted, where no TPU is
+kernel = partial(forms.attend, form="pallas_tpu")  # interpreted, where no TPU is
 
 
 @pytest.mark.parametrize("case, variants", CASES.values(), ids=CASES)

@@ -13,7 +13,7 @@ from latent_delib import mesh as mesh_lib
 from latent_delib.delib import augment, lora
 from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.methods import METHODS
-from latent_delib.nn import transformer
+from latent_delib.nn import layers, transformer
 from latent_delib.nn.products import einsum, matmul
 from latent_delib.nn.transformer import Transformer
 
@@ -41,8 +41,9 @@ def loss(params, aug, dtype):
 
 @pytest.mark.parametrize("method, form", [("resized", "xla"), ("decoder", "reference")])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_product_has_the_precision_of_its_operands(method, form, dtype):
-    model = Transformer(CONFIG, form=form, few=0)
+def test_every_product_has_the_precision_of_its_operands(method, form, dtype, monkeypatch):
+    monkeypatch.setattr(layers, "FEW", 0)
+    model = Transformer(CONFIG, form=form)
     aug = Augmentation(model, method, L if METHODS[method].write else 0)
     decoder = jax.eval_shape(partial(transformer.init, config=CONFIG), KEY)
     tree = jax.eval_shape(

@@ -67,13 +67,11 @@ def choose(form: str, device: Any, config: TransformerConfig, dtype: Any) -> str
 
 def kernels_of(device: Any) -> tuple[str, ...]:
     """Returns the kernels that a device can run and that are installed, proven or not."""
-    found = [
-        name
-        for name in BY_PLATFORM.get(device.platform, ())
-        if not _missing_capability(name, device)
-    ]
-    if not tokamax_gpu.is_installed():
-        found = [name for name in found if name != "tokamax_gpu"]
+    found = []
+    for name in BY_PLATFORM.get(device.platform, ()):
+        is_installed = name != "tokamax_gpu" or tokamax_gpu.is_installed()
+        if is_installed and not _missing_capability(name, device):
+            found.append(name)
     return tuple(found)
 
 
@@ -86,7 +84,7 @@ def _missing_capability(form: str, device: Any) -> str | None:
     return None
 
 
-def family(device: Any) -> str:
+def card_family(device: Any) -> str:
     """Returns the family of cards that run the same programs: "sm_90", "TPU v5 lite"."""
     capability = getattr(device, "compute_capability", None)
     return f"sm_{capability.replace('.', '')}" if capability else device.device_kind
@@ -94,7 +92,7 @@ def family(device: Any) -> str:
 
 def named(device: Any) -> str:
     """Returns the name of a card, with its family where the two differ: "NVIDIA L4 (sm_89)"."""
-    kind, of_family = device.device_kind, family(device)
+    kind, of_family = device.device_kind, card_family(device)
     return kind if kind == of_family else f"{kind} ({of_family})"
 
 
@@ -122,9 +120,9 @@ def is_proven(kernel: str, device: Any) -> bool:
     and this code of the kernels. Where a job has several processes, such a record does not count:
     all processes must decide alike.
     """
-    if family(device) in PROVEN[kernel]:
+    if card_family(device) in PROVEN[kernel]:
         return True
-    record = _records().get(kernel, {}).get(family(device), {})
+    record = _records().get(kernel, {}).get(card_family(device), {})
     is_same = record.get("jax") == jax.__version__ and record.get("code") == code_digest()
     return jax.process_count() == 1 and is_same
 

@@ -24,21 +24,18 @@ MODULES = {"xla": xla, "pallas_gpu": gpu, "pallas_tpu": tpu, "tokamax_gpu": toka
 KERNELS = {"pallas_gpu": "cuda", "pallas_tpu": "tpu"}  # ours, with their platforms
 FLOATS = (jnp.bfloat16, jnp.float32)
 # The head dims and dtypes that the kernels support.
-SERVED = {
+SUPPORTED = {
     "pallas_gpu": (gpu.HEAD_DIMS, FLOATS),
     "pallas_tpu": (tpu.HEAD_DIMS, FLOATS),
     "tokamax_gpu": (tokamax_gpu.HEAD_DIMS, tokamax_gpu.DTYPES),
 }
-FORMS = ("reference", "xla", *SERVED)
-# A call with at most this many queries per row uses the reference: its scores fit in memory, and no
-# other form is faster.
-FEW = 16
+FORMS = ("reference", "xla", *SUPPORTED)
 SAVED = ("attention_out", "attention_lse")  # what a backward pass needs besides q, k and v
 
 
 def unsupported(kernel: str, head_dim: int, dtype: Any) -> str | None:
     """Returns why a kernel does not support a call, such as "head dim 80", or None."""
-    head_dims, dtypes = SERVED[kernel]
+    head_dims, dtypes = SUPPORTED[kernel]
     if jnp.dtype(dtype) not in dtypes:
         return f"dtype {jnp.dtype(dtype)}"
     if head_dim not in head_dims:
@@ -56,47 +53,30 @@ def attend(
     scale: float,
     softcap: float,
     form: str,
-    few: int = FEW,
     shared_memory: int = LEAST,
 ) -> jax.Array:
     """Computes `primitive.attend` in one of FORMS.
 
-    Gradients reach every input that is differentiated. Where a kernel does not support these
-    shapes, or the gradient of a prefix, "xla" replaces it, with a warning.
+    Gradients reach every input that is differentiated. Where a kernel does not support the head
+    dim, the dtype, or the gradient of a prefix, "xla" replaces it, with a warning.
 
     Args:
       q_BMSNH, k_BMUKH, v_BMUKH, prefix, bounds, scale, softcap: as for `primitive.attend`.
       form: one of FORMS.
-      few: the reference computes calls of at most this many queries per row.
       shared_memory: bytes of shared memory into which blocks of the GPU kernels must fit.
     """
-    if form == "reference" or q_BMSNH.shape[1] * q_BMSNH.shape[2] <= few:
+    if form == "reference":
         return primitive.attend(
             q_BMSNH, k_BMUKH, v_BMUKH, prefix, bounds, scale=scale, softcap=softcap
         )
-    if form in SERVED:
+    if form in SUPPORTED:
         why = unsupported(form, q_BMSNH.shape[-1], q_BMSNH.dtype)
         if why:
             form = fall_back(form, why)
-    S, U = q_BMSNH.shape[2], k_BMUKH.shape[2]
-    if form in SERVED and U > 2 * S:
-        form = "xla"  # needs no padding; a kernel would do more than twice the work
-    own = k_BMUKH, v_BMUKH
+        elif q_BMSNH.shape[2] != k_BMUKH.shape[2]:
+            form = "xla"  # a kernel needs one query per key of a group
     options = Options(scale, softcap, shared_memory)
-    if form == "xla":
-        return _attend(q_BMSNH, own, prefix, bounds, form, options)
-    # A kernel needs one query per key of a group: queries are padded, and the padding's outputs
-    # are cut off.
-    before = [(0, 0), (0, 0), (U - S, 0)]
-    q_BMUNH = jnp.pad(q_BMSNH, [*before, (0, 0), (0, 0)])
-    # Padding sees the prefix as the first query does, so that no block is visited for it alone.
-    bounds = Bounds(
-        jnp.pad(bounds.prefix_start, before, mode="edge"),
-        jnp.pad(bounds.prefix_stop, before, mode="edge"),
-        jnp.pad(bounds.own_start, before),
-    )
-    out_BMUNH = _attend(q_BMUNH, own, prefix, bounds, form, options)
-    return out_BMUNH[:, :, -S:]
+    return _attend(q_BMSNH, (k_BMUKH, v_BMUKH), prefix, bounds, form, options)
 
 
 def fall_back(form: str, why: str) -> str:

@@ -34,7 +34,7 @@ MASKED = -1e30  # finite: a row that sees no key of a block must not become NaN
 BOUNDED = 60.0  # scores up to this need no maximum subtracted: float32 holds e^60 times 1e12
 
 
-class Source(NamedTuple):
+class _Source(NamedTuple):
     """Holds keys and values that rows can see.
 
     k, v: [B, X, K, H].
@@ -140,7 +140,7 @@ def _cut(kernel, q_BUKGH, shared_memory) -> Blocks:
     return cut._replace(rows=min(cut.rows, max(16, pl.next_power_of_2(U * G))))
 
 
-def _sources(own, prefix, bounds, q_BUKGH, cut) -> list[Source]:
+def _sources(own, prefix, bounds, q_BUKGH, cut) -> list[_Source]:
     """Returns the sources of rows: the prefix, if there is one, and the groups' own tokens.
 
     The own tokens of all groups are one sequence.
@@ -162,7 +162,7 @@ def _sources(own, prefix, bounds, q_BUKGH, cut) -> list[Source]:
     for k, v, lo, hi in found:
         first = lo[:, token].min(-1) // cut.keys
         last = pl.cdiv(hi[:, token].max(-1), cut.keys)
-        sources.append(Source(k, v, lo, hi, first, last))
+        sources.append(_Source(k, v, lo, hi, first, last))
     return sources
 
 

@@ -17,7 +17,7 @@ def by_head(x: jax.Array, K: int) -> jax.Array:
     return flat(x).reshape(x.shape[0], -1, K, x.shape[3] // K, *x.shape[4:])
 
 
-def pad(x: jax.Array, axis: int, unit: int) -> jax.Array:
+def pad_axis(x: jax.Array, axis: int, unit: int) -> jax.Array:
     """Appends zeros along an axis, up to a multiple of `unit`."""
     more = -x.shape[axis] % unit
     return jnp.pad(x, [(0, more if a == axis else 0) for a in range(x.ndim)])

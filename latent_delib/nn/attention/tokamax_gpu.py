@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from latent_delib.errors import UserError
-from latent_delib.nn.attention.layout import flat, pad
+from latent_delib.nn.attention.layout import flat, pad_axis
 from latent_delib.nn.attention.primitive import Bounds, Keys, Options
 
 HEAD_DIMS = (64, 128, 256)
@@ -28,7 +28,7 @@ DTYPES = (jnp.bfloat16,)  # tokamax would compute float32 in TF32, or not at all
 BLOCK = 128  # queries of one program
 
 
-class Source(NamedTuple):
+class _Source(NamedTuple):
     """Holds keys that queries can see in one call.
 
     keys: keys and values [b, t, K, H].
@@ -129,7 +129,7 @@ def _kernel(scale: float, softcap: float) -> tuple[Any, dict[str, Any]]:
     return PallasMosaicGpuFlashAttention(), options
 
 
-def _sources(q_BMSNH: jax.Array, own: Keys, prefix: Keys | None, bounds: Bounds) -> list[Source]:
+def _sources(q_BMSNH: jax.Array, own: Keys, prefix: Keys | None, bounds: Bounds) -> list[_Source]:
     """Returns the sources: the groups' own keys, then the prefix if it is given."""
     from tokamax._src.ops.attention.base import Mask
 
@@ -137,7 +137,7 @@ def _sources(q_BMSNH: jax.Array, own: Keys, prefix: Keys | None, bounds: Bounds)
     length = max(1, min(M, BLOCK // S)) * S  # tokens of a sequence of whole groups
 
     def cut(x: jax.Array) -> jax.Array:
-        x = pad(x, 1, length // S)
+        x = pad_axis(x, 1, length // S)
         return x.reshape(-1, length, *x.shape[3:])
 
     def join(x: jax.Array) -> jax.Array:
@@ -149,9 +149,9 @@ def _sources(q_BMSNH: jax.Array, own: Keys, prefix: Keys | None, bounds: Bounds)
     index = jnp.arange(length, dtype=jnp.int32)
     start = cut(bounds.own_start) + (index - index % S)
     mask = Mask(k_start=start[:, None], is_causal=True)
-    sources = [Source(jax.tree.map(cut, own), mask, cut, join)]
+    sources = [_Source(jax.tree.map(cut, own), mask, cut, join)]
     if prefix is not None:
         start, stop = flat(bounds.prefix_start), flat(bounds.prefix_stop)
         mask = Mask(k_start=start[:, None], k_end=stop[:, None])
-        sources.append(Source(prefix, mask, flat, unflat))
+        sources.append(_Source(prefix, mask, flat, unflat))
     return sources

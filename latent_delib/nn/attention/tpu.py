@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from latent_delib.nn.attention import xla
-from latent_delib.nn.attention.layout import by_head, flat, pad
+from latent_delib.nn.attention.layout import by_head, flat, pad_axis
 from latent_delib.nn.attention.primitive import Bounds, Keys, Options, delta_of
 from latent_delib.nn.products import einsum, softcapped
 
@@ -33,7 +33,7 @@ ROWS, KEYS, LANES = 512, 256, 128  # the largest query block and key block; the 
 UNSEEN = -1e30  # finite, because a row that has seen nothing yet computes with it
 
 
-class Plan(NamedTuple):
+class _Plan(NamedTuple):
     """Says how a call is cut, and which keys each row sees.
 
     R: rows of a query block.
@@ -112,7 +112,7 @@ def backward(
     return _tokens(dq, q_BMSNH.shape), down, None
 
 
-def _lay_out(q, k, v, prefix, bounds) -> tuple[Plan, tuple[jax.Array, jax.Array, jax.Array]]:
+def _lay_out(q, k, v, prefix, bounds) -> tuple[_Plan, tuple[jax.Array, jax.Array, jax.Array]]:
     """Returns a call's plan and its operands.
 
     The operands are queries [B, K, r, H], and all keys and values [B, K, u, H].
@@ -134,7 +134,7 @@ def _lay_out(q, k, v, prefix, bounds) -> tuple[Plan, tuple[jax.Array, jax.Array,
         jnp.broadcast_to(first_own + token + 1, (B, M, S)),
     )
     sees = jnp.repeat(jnp.stack(sees, axis=1).reshape(B, 4, n), G, axis=2)
-    sees = pad(sees, 2, R)  # rows of padding see nothing
+    sees = pad_axis(sees, 2, R)  # rows of padding see nothing
 
     start = sees[:, 0::2].reshape(B, 2, -1, R)
     stop = sees[:, 1::2].reshape(B, 2, -1, R)
@@ -149,17 +149,17 @@ def _lay_out(q, k, v, prefix, bounds) -> tuple[Plan, tuple[jax.Array, jax.Array,
 
     def keys(own: jax.Array, shared: jax.Array | None) -> jax.Array:
         parts = [flat(own)] if shared is None else [shared, flat(own)]
-        return jnp.concatenate([pad(x.swapaxes(1, 2), 2, U) for x in parts], axis=2)
+        return jnp.concatenate([pad_axis(x.swapaxes(1, 2), 2, U) for x in parts], axis=2)
 
     shared_k, shared_v = prefix or (None, None)
     operands = _rows(q, K, sees.shape[2]), keys(k, shared_k), keys(v, shared_v)
-    return Plan(R, U, first_own // U + own_steps, sees, visits), operands
+    return _Plan(R, U, first_own // U + own_steps, sees, visits), operands
 
 
 def _launch(
     name: str,
     kernel,
-    plan: Plan,
+    plan: _Plan,
     operands,
     per_row,
     outputs,
@@ -319,7 +319,7 @@ def _block(visits_ref, b, i, step):
 def _rows(x_BMSNX: jax.Array, K: int, r: int) -> jax.Array:
     """Turns [B, M, S, N, X] into rows [B, K, r, X]."""
     x = jnp.moveaxis(by_head(x_BMSNX, K), 2, 1)
-    return pad(x.reshape(*x.shape[:2], -1, x.shape[-1]), 2, r)
+    return pad_axis(x.reshape(*x.shape[:2], -1, x.shape[-1]), 2, r)
 
 
 def _tokens(x_BKrX: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from latent_delib.nn.attention.layout import pad
+from latent_delib.nn.attention.layout import pad_axis
 from latent_delib.nn.attention.primitive import Bounds, Keys, Options, delta_of, own_in_range
 from latent_delib.nn.products import einsum, softcapped
 
@@ -307,7 +307,7 @@ def _is_long(x: jax.Array) -> bool:
 
 def _split(x: jax.Array, c: int) -> jax.Array:
     """Splits groups [B, M, ...] into chunks [chunks, B, c, ...]; the last one is padded."""
-    x = pad(x, 1, c)
+    x = pad_axis(x, 1, c)
     return jnp.moveaxis(x.reshape(len(x), -1, c, *x.shape[2:]), 1, 0)
 
 
