@@ -20,7 +20,7 @@ from latent_delib.data import text as reader
 from latent_delib.data.rows import BadRecords
 from latent_delib.data.tokenizer import Tokenizer, files, fingerprint
 from latent_delib.errors import UserError
-from latent_delib.weights import gguf_vocabulary
+from latent_delib.weights import gguf, gguf_vocabulary
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "tokens.json").read_text())
 TEXTS = GOLDEN["texts"]
@@ -248,8 +248,8 @@ def test_a_sentencepiece_vocabulary_gives_what_llama_cpp_gives(tmp_path):
 @pytest.fixture(scope="module")
 def smollm2(smollm2_gguf):
     """The metadata of a real GGUF."""
-    fields = pytest.importorskip("gguf").GGUFReader(smollm2_gguf).fields
-    return {name: field.contents() for name, field in fields.items()}
+    pytest.importorskip("gguf")
+    return gguf.GGUF(smollm2_gguf).metadata
 
 
 @pytest.mark.parametrize("words", list(GOLDEN["smollm2"]))
