@@ -66,7 +66,10 @@ setup(
     install_requires=[
         "absl-py>=2.1",
         "einops>=0.8",
+        "etils[epath]>=1.10",
         "flax>=0.12",
+        "fsspec>=2025.3",
+        "huggingface_hub>=1",
         "jax>=0.10,<0.13",
         "jinja2>=3.1",
         "ml_collections>=1.1",
