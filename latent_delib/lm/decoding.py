@@ -41,6 +41,16 @@ class Joined(NamedTuple):
     rows: np.ndarray
 
 
+class Waiting(NamedTuple):
+    """Holds latents that have not joined yet.
+
+    asked: number of new tokens when they were asked for.
+    """
+
+    z: Latents
+    asked: int
+
+
 def decode_in_chunks(
     params: Params,
     text_BT: jax.Array,
@@ -76,32 +86,32 @@ def decode_in_chunks(
     decode = partial(compiled.decode_tokens, params, aug=aug, eos_id=eos_id, pad_id=pad_id)
     made = 0  # new tokens
     held = 0  # new tokens that `plain` holds
-    asked = 0  # new tokens when latents were last asked for
     due = None if write is None else 0  # the number of new tokens at which latents are asked for
-    z: Latents | None = None  # latents that have not joined yet
+    waiting: Waiting | None = None
     joined: list[Joined] = []
     while made < options.max_new_tokens:
-        if due is not None and made >= due and z is None:
-            plain = read_more(plain, cache, state.text, made - held)
-            held = asked = made
+        if due is not None and made >= due and waiting is None:
+            plain, held = read_more(plain, cache, state.text, made - held), made
             z = write(plain, state.text)
-            again = options.every and z is not None  # z is None: writing failed
-            due = made + options.every if again else None
-        if z is not None:
-            arrived = _arrived(z, made - asked, options.delay)
+            if z is None:
+                due = None
+            else:
+                waiting = Waiting(z, asked=made)
+                due = made + options.every if options.every else None
+        if waiting is not None:
+            arrived = _arrived(waiting, made, options.delay)
             if arrived is None:  # writing failed
-                z = due = None
+                waiting = due = None
             elif arrived:
-                plain = read_more(plain, cache, state.text, made - held)
-                held = made
-                state, cache = compiled.join(params, state, plain.cache, z, aug=aug)
+                plain, held = read_more(plain, cache, state.text, made - held), made
+                state, cache = compiled.join(params, state, plain.cache, waiting.z, aug=aug)
                 joined.append(Joined(made, ~np.asarray(state.ended)))
-                z = None
-        if due is None and z is None:
+                waiting = None
+        if due is None and waiting is None:
             plain = None  # no more latents will join
         elif cache is plain.cache:
             cache = jax.tree.map(jnp.copy, cache)  # decoding overwrites its input
-        until = _next_stop(options, made, due, None if z is None else asked)
+        until = _next_stop(options, made, due, waiting)
         state, cache = decode(state, cache, key_B, options.sampler, until - made)
         made = until
         new_BN = np.asarray(compiled.new_tokens(state.text, length_B, options.max_new_tokens))
@@ -112,34 +122,35 @@ def decode_in_chunks(
         state = state._replace(ended=jax.device_put(ended, state.ended.sharding))
 
 
-def _next_stop(options: GenerationOptions, made: int, due: int | None, asked: int | None) -> int:
+def _next_stop(
+    options: GenerationOptions, made: int, due: int | None, waiting: Waiting | None
+) -> int:
     """Returns the number of new tokens at which the next chunk ends.
 
     Args:
       made: new tokens now.
       due: the number at which latents are asked for next; None: never again.
-      asked: the number at which the latents that have not joined yet were asked for; None: there
-        are none.
+      waiting: latents that have not joined yet, or None.
     """
     until = min(options.max_new_tokens, made + options.chunk)
     if due is not None:
         until = min(until, max(due, made + 1))
-    if asked is not None:
-        until = min(until, made + 1 if options.delay is None else asked + options.delay)
+    if waiting is not None:
+        until = min(until, made + 1 if options.delay is None else waiting.asked + options.delay)
     return until
 
 
 # Latents that were asked for and have not joined yet.
 
 
-def _arrived(z: Latents, waited: int, delay: int | None) -> bool | None:
-    """Tells whether latents join now, `waited` tokens after they were asked for.
+def _arrived(waiting: Waiting, made: int, delay: int | None) -> bool | None:
+    """Tells whether latents join now, after `made` new tokens.
 
     None: writing them failed, so they never join.
     """
     if delay is not None:
-        return waited == delay
-    return attempt(ready, z)
+        return made == waiting.asked + delay
+    return attempt(ready, waiting.z)
 
 
 def ready(z: Latents) -> bool:
