@@ -1,8 +1,6 @@
-"""Three small models, on which every feature is on or off; and what a run leaves on disk."""
+"""Three small models, on which every feature is on or off."""
 
 import dataclasses
-import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +8,6 @@ import numpy as np
 import pytest
 
 from latent_delib.delib.traces import PLACEMENTS
-from latent_delib.machine import checkpoint
 from latent_delib.nn import transformer
 from latent_delib.nn.cache import Cache
 from latent_delib.nn.sizes import SIZES, TransformerConfig
@@ -85,25 +82,6 @@ def empty_cache(config: TransformerConfig, batch: int, capacity: int, dtype: jnp
         (config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim), dtype
     )
     return Cache(kv, kv, jnp.zeros((batch, capacity), jnp.int32), jnp.zeros((batch,), jnp.int32))
-
-
-def rows_of(workdir: Path) -> list[dict]:
-    """The rows of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
-
-
-def weights_of(workdir: Path, step: int | None = None) -> dict:
-    """The trainable tree of a run's checkpoint, of its newest or of a step."""
-    checkpoints, meta = checkpoint.open_for_reading(str(workdir), step)
-    step = meta["step"]
-    found = checkpoints.restore_newest(step=step)
-    return jax.device_get(found.trainable)
-
-
-def meta_of(workdir: Path) -> dict:
-    """What a run's newest checkpoint says of itself."""
-    _, meta = checkpoint.open_for_reading(str(workdir))
-    return meta
 
 
 def named(line: str, *words: object) -> None:

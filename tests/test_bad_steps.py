@@ -7,14 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import small
+import workdirs
 
 from latent_delib import train
 from latent_delib.errors import UserError, device_memory
 from latent_delib.job import experiment, plan
 from latent_delib.job.metrics import Metrics
 from latent_delib.machine import files, saved_steps
-from tests.test_train import copy_at_step_2, everything
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
 
@@ -42,7 +41,7 @@ def test_steps_that_are_not_finite_are_skipped_up_to_a_limit(
     trained, make_config, tmp_path, monkeypatch, capsys
 ):
     """Frozen weights are NaN in the third step and in the fifth."""
-    copy_at_step_2(trained, workdir := tmp_path / "workdir")
+    workdirs.copy_at_step_2(trained, workdir := tmp_path / "workdir")
     true = plan.train_step
 
     def step(state, frozen, *args, **kwargs):
@@ -61,7 +60,9 @@ def test_steps_that_are_not_finite_are_skipped_up_to_a_limit(
     said = capsys.readouterr().out
     assert "train.steps changed from 4 to 6" in said
     assert "step 3: the loss is nan" in said and "skipped, 1 of" in said
-    (_, two), (_, three), (last, four) = (everything(workdir, step) for step in (2, 3, None))
+    _, two = workdirs.everything(workdir, 2)
+    _, three = workdirs.everything(workdir, 3)
+    last, four = workdirs.everything(workdir)
     assert last == 4
     for name in two:
         if "count" in name:
@@ -69,7 +70,7 @@ def test_steps_that_are_not_finite_are_skipped_up_to_a_limit(
         else:
             np.testing.assert_array_equal(two[name], three[name], err_msg=name)
             assert np.isfinite(four[name]).all() and (four[name] != three[name]).any(), name
-    rows = small.rows_of(workdir)
+    rows = workdirs.rows_of(workdir)
     assert [row["step"] for row in rows] == [1, 2, 4]
     assert (
         "bad_steps" not in rows[1]

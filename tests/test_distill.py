@@ -7,7 +7,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-import small
+import workdirs
 
 from latent_delib import evaluate, prepare, train
 from latent_delib.errors import UserError
@@ -67,7 +67,7 @@ def distilled(make, tmp_path_factory):
 @pytest.mark.slow
 def test_it_learns_and_is_validated(make, distilled):
     """The plain decoder has neither steps nor latents; one that has both parts of the loss."""
-    rows = small.rows_of(distilled)
+    rows = workdirs.rows_of(distilled)
     assert rows[-1]["validation_loss"] < rows[1]["validation_loss"]
     exp = experiment.read(make())
     plan = planning.make(exp)
@@ -86,13 +86,14 @@ def test_it_learns_and_is_validated(make, distilled):
 @pytest.mark.slow
 def test_a_mesh_and_parts_change_nothing(make, distilled, tmp_path):
     train.train(make(MESH | {"train.accumulation": 2}), str(tmp_path))
-    for found, expected in zip(small.rows_of(tmp_path), small.rows_of(distilled), strict=True):
+    rows = workdirs.rows_of(tmp_path), workdirs.rows_of(distilled)
+    for found, expected in zip(*rows, strict=True):
         for key in {"loss", "grad_norm", *FIGURES} & expected.keys():
             assert found[key] == pytest.approx(expected[key], rel=2e-5), key
     jax.tree.map(
         partial(np.testing.assert_allclose, rtol=0, atol=2e-6),
-        small.weights_of(tmp_path),
-        small.weights_of(distilled),
+        workdirs.weights_of(tmp_path),
+        workdirs.weights_of(distilled),
     )
 
 

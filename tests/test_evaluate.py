@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import package
 import pytest
-import test_imports
+from naive_perplexity import MAX, A, ahead_logprobs, everywhere, naive_rows, pooled
 
 import latent_delib as ld
 from latent_delib import convert, evaluate
@@ -29,7 +30,6 @@ from latent_delib.measure.text import read_validation_text
 from latent_delib.nn import transformer
 from latent_delib.results.evaluation import as_text
 
-A, MAX = 4, 32  # evaluate.num_ahead and evaluate.max_length of the tiny config
 KEYS = [
     "n",
     "tokens",
@@ -73,39 +73,6 @@ def evaluated(make_config, trained, tmp_path_factory):
 
 def cut(documents, length, bos=2):
     return [[bos, *d[i : i + length - 1]] for d in documents for i in range(0, len(d), length - 1)]
-
-
-def ahead_logprobs(lm, pieces):
-    """log p of the next A tokens after every token, plain and with latents: [pieces, MAX, A]."""
-    text = np.zeros((len(pieces), MAX + A), np.int32)
-    for row, piece in zip(text, pieces):
-        row[: len(piece)] = piece
-    found = lm.ahead_logprobs(text, np.tile(np.arange(MAX), (len(pieces), 1)), A)
-    return [np.asarray(logprobs) for logprobs in found]
-
-
-def pooled(logprobs, pieces, chosen):
-    """The table from log-probabilities after the chosen tokens of each piece."""
-    rows = []
-    for n in range(1, A + 1):
-        counted = [
-            (b, t) for b, piece in enumerate(pieces) for t in chosen[b] if t < len(piece) - n
-        ]
-        plain, ours = (
-            np.exp(-np.mean([x[b, t, n - 1] for b, t in counted], dtype=np.float64))
-            for x in logprobs
-        )
-        rows.append([n, len(counted), plain, ours, 100 * (ours / plain - 1)])
-    return rows
-
-
-def everywhere(pieces):
-    return [range(len(piece)) for piece in pieces]
-
-
-def naive_rows(lm, pieces):
-    """The table, from log-probabilities after every token of every piece."""
-    return pooled(ahead_logprobs(lm, pieces), pieces, everywhere(pieces))
 
 
 def assert_same(rows, expected):
@@ -436,11 +403,11 @@ def test_a_tokenizer_that_was_exchanged(make_config, trained, decoder_folder, tm
 
 def test_it_needs_no_language_model():
     """Nothing that `evaluate` imports, directly or not, imports what generates text."""
-    sources = test_imports.sources()
+    sources = package.sources()
     needed, new = set(), {"evaluate"}
     while new:
         needed |= new
-        dotted = {name for module in new for name in test_imports.imports(sources[module], module)}
+        dotted = {name for module in new for name in package.imports(sources[module], module)}
         paths = {name.removeprefix("latent_delib.").replace(".", "/") for name in dotted}
         paths |= {path.rpartition("/")[0] for path in paths}
         new = (paths & sources.keys()) - needed

@@ -8,6 +8,7 @@ import naive
 import numpy as np
 import pytest
 import small
+import workdirs
 
 import latent_delib as ld
 from latent_delib import convert, train
@@ -54,11 +55,11 @@ def workdir(config_of, tmp_path_factory):
 def test_every_mesh_trains_alike(config_of, workdir, tmp_path):
     mesh = {"mesh.data": 1, "mesh.fsdp": 2, "mesh.traces": 2, "mesh.tensor": 2}
     train.train(config_of(mesh), str(tmp_path))
-    for one, other in zip(small.rows_of(workdir), small.rows_of(tmp_path), strict=True):
+    for one, other in zip(workdirs.rows_of(workdir), workdirs.rows_of(tmp_path), strict=True):
         for key in ("loss", "grad_norm"):
             np.testing.assert_allclose(one[key], other[key], rtol=2e-5)
     one, other, before = (
-        small.weights_of(w, n) for w, n in ((workdir, 4), (tmp_path, 4), (workdir, 2))
+        workdirs.weights_of(w, n) for w, n in ((workdir, 4), (tmp_path, 4), (workdir, 2))
     )
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=2e-6), one, other)
     moved = folder.by_name(jax.tree.map(lambda x, y: float(abs(x - y).max()), one, before))

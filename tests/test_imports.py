@@ -3,13 +3,10 @@
 import ast
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from package import imports, sources
 
-import latent_delib
-
-PACKAGE = Path(latent_delib.__file__).parent
 # The rooms from the ground up: each may import itself and the rooms above it in this list, no
 # other.
 ROOMS = [
@@ -32,26 +29,6 @@ FORBIDDEN = {
     "weights": {"mesh", "delib"},
     "machine": set(),
 }
-
-
-def imports(source: str, name: str) -> set[str]:
-    """Dotted names of all that a module imports, anywhere; `from a import b` counts as a.b."""
-    found = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{name}: relative import in line {node.lineno}"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
-
-
-def sources(below: str = "") -> dict[str, str]:
-    """Path in the package, without suffix -> source."""
-    return {
-        str(p.relative_to(PACKAGE).with_suffix("")): p.read_text()
-        for p in (PACKAGE / below).rglob("*.py")
-    }
 
 
 def ours(source: str, name: str) -> set[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import small
+import workdirs
 
 import latent_delib as ld
 from latent_delib import evaluate, train
@@ -27,7 +27,7 @@ def expected(tmp_path, monkeypatch):
 
 
 def test_it_is_read_as_it_was(expected):
-    meta = small.meta_of("workdir")
+    meta = workdirs.meta_of("workdir")
     assert "format" not in meta
     record = Record.from_meta(meta, "workdir")
     assert (record.step, record["method.num_latents"], record["decoder.path"]) == (2, 2, "decoder")
@@ -51,6 +51,6 @@ def test_it_is_exported_without_its_evaluation(expected):
 
 def test_it_resumes(expected):
     train.train(make_run.make_config(), "workdir")
-    losses = [row["loss"] for row in small.rows_of("workdir")]
+    losses = [row["loss"] for row in workdirs.rows_of("workdir")]
     np.testing.assert_allclose(losses, expected["losses"], rtol=1e-5)
-    assert small.meta_of("workdir")["format"] == 1
+    assert workdirs.meta_of("workdir")["format"] == 1

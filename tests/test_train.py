@@ -17,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
+import workdirs
 
 from latent_delib import train
 from latent_delib.data import batches
 from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.errors import UserError
-from latent_delib.machine import checkpoint, saved_steps
+from latent_delib.machine import saved_steps
 from latent_delib.weights import folder, locate
 from tests import fake_gcs
 from tests.run_command import run_command
@@ -94,34 +95,6 @@ def run_until(event, config_file, workdir, step=4):
     return subprocess.run(code, env=env, cwd=ROOT, capture_output=True, text=True)
 
 
-def metrics(workdir):
-    """What a run computed at every step, without its times."""
-    return [
-        {k: row[k] for k in ("step", "loss", "grad_norm", "learning_rate")}
-        for row in small.rows_of(workdir)
-    ]
-
-
-def everything(workdir, step=None):
-    """Step, and every leaf of trainable tree and optimizer of a checkpoint."""
-    checkpoints, meta = checkpoint.open_for_reading(str(workdir), step)
-    step = meta["step"]
-    trees = checkpoints.restore_newest({"trainable": None, "optimizer": None}, step=step).trees
-    return step, {
-        jax.tree_util.keystr(path): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(trees)
-    }
-
-
-def assert_same(workdir, expected):
-    """Metrics of every step, once each, and the newest checkpoint: bit for bit."""
-    assert metrics(workdir) == metrics(expected)
-    (step, found), (last, leaves) = everything(workdir), everything(expected)
-    assert step == last and found.keys() == leaves.keys() and len(leaves) > 30
-    for name, leaf in leaves.items():
-        np.testing.assert_array_equal(found[name], leaf, err_msg=name, strict=True)
-
-
 def assert_one_line(done, *words):
     assert done.returncode == 1
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
@@ -133,12 +106,13 @@ def test_killed_and_resumed_equals_straight(trained, config_file, make_config, t
     workdir = tmp_path / "workdir"
     done = run_until(KILL, config_file(), workdir)
     assert done.returncode == -9, done.stderr
-    assert [row["step"] for row in metrics(workdir)] == [1, 2]  # a step is written during the next
+    # A step is written during the next one.
+    assert [row["step"] for row in workdirs.metrics(workdir)] == [1, 2]
     # Of a step after the checkpoint; one that is not text; one cut short.
     with open(workdir / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "loss": 9.0}\n\0\0\n{"step": 4, "lo')
     train.train(make_config(), str(workdir))
-    assert_same(workdir, trained)
+    workdirs.assert_same(workdir, trained)
 
 
 @pytest.mark.slow
@@ -146,11 +120,11 @@ def test_killed_and_resumed_equals_straight_from_text(trained, config_file, make
     """Text through seqio: its own order, the same promise."""
     text, straight, workdir = {"data.token_files": ""}, tmp_path / "straight", tmp_path / "workdir"
     train.train(make_config(text), str(straight))
-    assert metrics(straight) != metrics(trained)
+    assert workdirs.metrics(straight) != workdirs.metrics(trained)
     done = run_until(KILL, config_file(text), workdir)
     assert done.returncode == -9, done.stderr
     train.train(make_config(text), str(workdir))
-    assert_same(workdir, straight)
+    workdirs.assert_same(workdir, straight)
 
 
 def test_a_text_of_your_own_is_prepared_trained_on_and_evaluated(config_file, tmp_path):
@@ -168,7 +142,7 @@ def test_a_text_of_your_own_is_prepared_trained_on_and_evaluated(config_file, tm
         "workdir": f"{tmp_path}/run",
     }
     assert run_command("train", **given) == ""
-    meta = small.meta_of(tmp_path / "run")
+    meta = workdirs.meta_of(tmp_path / "run")
     assert meta["config"]["data"]["token_files"] == f"{tmp_path}/run/tokens"
     assert meta["config"]["data"]["sources"] == [f"files:{tmp_path}/text/*.txt"]
     assert "order" in meta["data"]["fingerprint"]  # of token files
@@ -260,9 +234,9 @@ def test_a_signal_saves_and_the_run_resumes(
     assert ("press Ctrl-C again" in err) == (name == "Ctrl-C")
     last = out.splitlines()[-1]
     assert name in last and "step 3 is saved" in last
-    assert max(saved_steps.whole_steps(str(tmp_path))) == everything(tmp_path)[0] == 3
+    assert max(saved_steps.whole_steps(str(tmp_path))) == workdirs.everything(tmp_path)[0] == 3
     train.train(config, str(tmp_path))
-    assert_same(tmp_path, trained)
+    workdirs.assert_same(tmp_path, trained)
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(trained, config_file, make_config, tmp_path):
@@ -270,17 +244,12 @@ def test_a_full_disk_leaves_the_last_checkpoint(trained, config_file, make_confi
     workdir = tmp_path / "workdir"
     done = run_until(DISK_FULL, config_file(), workdir)
     assert_one_line(done, "checkpoints", "File too large")
-    step, found = everything(workdir)
+    step, found = workdirs.everything(workdir)
     assert step == 2
-    for name, leaf in everything(trained, 2)[1].items():
+    for name, leaf in workdirs.everything(trained, 2)[1].items():
         np.testing.assert_array_equal(found[name], leaf, err_msg=name)
     train.train(make_config(), str(workdir))
-    assert_same(workdir, trained)
-
-
-def copy_at_step_2(trained, workdir):
-    shutil.copytree(trained, workdir)
-    shutil.rmtree(workdir / "checkpoints" / "4")
+    workdirs.assert_same(workdir, trained)
 
 
 def test_which_checkpoints_are_kept(trained, make_config, tmp_path):
@@ -291,7 +260,7 @@ def test_which_checkpoints_are_kept(trained, make_config, tmp_path):
         "train.keep_best": 2,
         "train.checkpoint_every": 1,
     }
-    losses = {row["step"]: row["loss"] for row in metrics(trained)}
+    losses = {row["step"]: row["loss"] for row in workdirs.metrics(trained)}
     assert sorted(losses, key=losses.get)[:2] == [4, 3]
     train.train(make_config(keep), str(tmp_path))
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "3", "4"]
@@ -299,7 +268,7 @@ def test_which_checkpoints_are_kept(trained, make_config, tmp_path):
 
 def test_what_a_signal_saves_is_no_best_one(trained, make_config, tmp_path, signal_before_step_3):
     """Its mean loss is of the few steps since the checkpoint before: step 3, then step 4."""
-    losses = [row["loss"] for row in metrics(trained)]
+    losses = [row["loss"] for row in workdirs.metrics(trained)]
     assert max(losses[2:]) < np.mean(losses[:2])
     config = make_config({"train.checkpoint_every": 2, "train.keep": 1, "train.keep_best": 1})
     with signal_before_step_3(signal.SIGTERM):
@@ -310,7 +279,7 @@ def test_what_a_signal_saves_is_no_best_one(trained, make_config, tmp_path, sign
 
 
 def test_data_that_changed_is_refused(trained, token_folder, make_config, tmp_path):
-    copy_at_step_2(trained, workdir := tmp_path / "workdir")
+    workdirs.copy_at_step_2(trained, workdir := tmp_path / "workdir")
     shutil.copytree(token_folder, other := tmp_path / "tokens")
     config = make_config({"data.token_files": str(other)})
     meta = json.loads((token_folder / "meta.json").read_text())
@@ -325,7 +294,7 @@ def test_data_that_changed_is_refused(trained, token_folder, make_config, tmp_pa
     assert sorted(workdir.rglob("*")) == before
     shutil.copy(token_folder / "meta.json", other)
     train.train(config, str(workdir))
-    assert_same(workdir, trained)
+    workdirs.assert_same(workdir, trained)
 
 
 def test_clock_jumps(trained, make_config, tmp_path, monkeypatch):
@@ -335,10 +304,10 @@ def test_clock_jumps(trained, make_config, tmp_path, monkeypatch):
         ahead.setattr(time, "time", lambda: now() + 7 * 86400 + next(jumps))
         ahead.setattr(time, "time_ns", lambda: int(1e9 * time.time()))
         train.train(make_config(), str(tmp_path))
-    assert_same(tmp_path, trained)
+    workdirs.assert_same(tmp_path, trained)
     shutil.rmtree(tmp_path / "checkpoints" / "4")
     train.train(make_config(), str(tmp_path))
-    assert_same(tmp_path, trained)
+    workdirs.assert_same(tmp_path, trained)
 
 
 @pytest.mark.slow
@@ -365,9 +334,8 @@ def test_a_workdir_in_cloud_storage(trained, tiny, tmp_path):
         }
     for words in ("step 1 is saved", "resuming gs://bucket/a/run at step 1"):
         assert words in done.stdout
-    assert [row["step"] for row in rows] == [1, 2, 3, 4] and rows[3]["loss"] == metrics(trained)[3][
-        "loss"
-    ]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert rows[3]["loss"] == workdirs.metrics(trained)[3]["loss"]
     there = [name.split("/")[3] for name in files if name.startswith("bucket/a/run/")]
     assert set(there) == {
         "checkpoints",
@@ -395,7 +363,7 @@ def test_a_second_job_on_the_same_workdir_is_refused(trained, make_config, tmp_p
 
 
 def test_what_a_run_leaves(trained, make_config):
-    rows = small.rows_of(trained)
+    rows = workdirs.rows_of(trained)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     for row in rows:
         assert row.keys() == KEYS  # model_flops_utilisation is known for accelerators only
@@ -406,7 +374,7 @@ def test_what_a_run_leaves(trained, make_config):
     for key in KEYS - {"step"}:
         assert key.encode() in events[0].read_bytes()
     assert sorted(p.name for p in (trained / "checkpoints").iterdir()) == ["2", "4"]
-    meta = small.meta_of(trained)
+    meta = workdirs.meta_of(trained)
     tokenizer_path = meta["config"]["decoder"]["path"] + "/tokenizer.model"
     data = batches.Training(make_config().data, tokenizer_path).fingerprint()
     assert (meta["step"], meta["data"]) == (4, {"seed": 0, "fingerprint": data})
@@ -456,7 +424,7 @@ def test_a_trained_decoder_is_exported(
     assert architecture == folder.read_config(decoder_folder)
     assert set(folder.open_tensors(where, architecture).dtypes.values()) == {jnp.dtype("bfloat16")}
     exported = folder.load(where, architecture, jnp.bfloat16)
-    weights = small.weights_of(tmp_path, 4)["decoder"]
+    weights = workdirs.weights_of(tmp_path, 4)["decoder"]
     jax.tree.map(
         lambda x, y: np.testing.assert_array_equal(x, y.astype(jnp.bfloat16)), exported, weights
     )

@@ -7,8 +7,8 @@ import jax
 import naive
 import numpy as np
 import pytest
-import small
-import test_evaluate
+import workdirs
+from naive_perplexity import naive_rows
 
 import latent_delib as ld
 from latent_delib import convert, evaluate, train
@@ -97,7 +97,7 @@ def plain_column(make_config, tmp_path_factory):
 def test_all_that_is_trained_moves_and_resumes(job, tmp_path):
     """Every leaf of the trainable tree; a run that begins again midway is the same bit for bit."""
     variant, config, workdir = job
-    one, other = small.weights_of(workdir, 2), small.weights_of(workdir, 4)
+    one, other = workdirs.weights_of(workdir, 2), workdirs.weights_of(workdir, 4)
     for path, leaf in jax.tree_util.tree_leaves_with_path(other):
         before = one
         for key in path:
@@ -112,7 +112,7 @@ def test_all_that_is_trained_moves_and_resumes(job, tmp_path):
     shutil.copytree(workdir, tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "4")
     train.train(config, str(tmp_path / "again"))
-    jax.tree.map(np.testing.assert_array_equal, small.weights_of(tmp_path / "again", 4), other)
+    jax.tree.map(np.testing.assert_array_equal, workdirs.weights_of(tmp_path / "again", 4), other)
 
 
 def test_it_is_evaluated_against_the_decoder_that_was_frozen(
@@ -124,7 +124,7 @@ def test_it_is_evaluated_against_the_decoder_that_was_frozen(
     assert [row["decoder_ppl"] for row in rows] == plain_column
     assert abs(rows[0]["change_percent"]) > 1e-3
     lm = load(workdir, decoder_folder, variant)
-    expected = test_evaluate.naive_rows(lm, read_validation_text(experiment.read(config)).pieces)
+    expected = naive_rows(lm, read_validation_text(experiment.read(config)).pieces)
     np.testing.assert_allclose(
         [row["augmented_ppl"] for row in rows], [row[3] for row in expected], rtol=1e-5
     )
@@ -144,7 +144,7 @@ def test_training_begins_with_all_that_another_run_has_trained(job, make_config)
         with pytest.raises(UserError, match=said):
             begun(make_config(start))
         return
-    tree = small.weights_of(workdir, 4)
+    tree = workdirs.weights_of(workdir, 4)
     jax.tree.map(np.testing.assert_array_equal, begun(make_config(start)), tree)
     refused = pytest.raises(UserError, match="num_latents is . there, .* weights for each")
     of_more = make_config(start | more)
@@ -235,7 +235,7 @@ def test_adapters_are_written_into_the_decoder_they_adapt(make_config, decoder_f
     train.train(config, str(tmp_path))
     exp = experiment.read(config)
     original = folder.load(decoder_folder, exp.aug.transformer.config, np.float32)
-    expected = augment.assemble({"decoder": original}, small.weights_of(tmp_path, 4))["decoder"]
+    expected = augment.assemble({"decoder": original}, workdirs.weights_of(tmp_path, 4))["decoder"]
     found = folder.load(tmp_path / "decoder", exp.aug.transformer.config, np.float32)
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6), found, expected
@@ -254,14 +254,14 @@ def test_a_coprocessor_to_start_from(make_config, trained, decoder_folder, tmp_p
         {"method.start": start, "method.lora_rank": rank, "optimizer.warmup_steps": 0}
     )
     train.train(config, str(tmp_path / "w"))
-    first = small.rows_of(tmp_path / "w")[0]["loss"]
+    first = workdirs.rows_of(tmp_path / "w")[0]["loss"]
     np.testing.assert_allclose(first, first_loss(make_config(), begun.params), rtol=1e-5)
-    done = small.weights_of(tmp_path / "w", 4)
+    done = workdirs.weights_of(tmp_path / "w", 4)
     if not rank:  # then what it began with is needed no longer
         shutil.rmtree(tmp_path / "s")
     shutil.rmtree(tmp_path / "w" / "checkpoints" / "4")
     train.train(config, str(tmp_path / "w"))
-    jax.tree.map(np.testing.assert_array_equal, small.weights_of(tmp_path / "w", 4), done)
+    jax.tree.map(np.testing.assert_array_equal, workdirs.weights_of(tmp_path / "w", 4), done)
     own = ld.load_coprocessor(str(tmp_path / "w"))
     assert jax.tree.structure(own.params) == jax.tree.structure(begun.params)
     assert (
@@ -273,7 +273,7 @@ def test_a_coprocessor_to_start_from(make_config, trained, decoder_folder, tmp_p
 
     rows = evaluated()
     lm = ld.AugmentedLM(ld.load_decoder(str(decoder_folder)), own)
-    expected = test_evaluate.naive_rows(lm, read_validation_text(experiment.read(config)).pieces)
+    expected = naive_rows(lm, read_validation_text(experiment.read(config)).pieces)
     np.testing.assert_allclose(
         [row["augmented_ppl"] for row in rows], [row[3] for row in expected], rtol=1e-5
     )

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 import small
+from two_rows import AT, SEGMENT, START, TOKENS, WEIGHTS, A, L, M, T, document_of
 
 from latent_delib.delib import augment
 from latent_delib.delib import traces as traces_lib
@@ -25,26 +26,10 @@ from latent_delib.nn import transformer
 from latent_delib.nn.attention.primitive import Bounds
 from latent_delib.nn.transformer import Transformer
 
-T, M, L, A = 16, 3, 3, 4
-TOKENS = np.random.default_rng(0).integers(0, 97, (2, T))
-SEGMENT = np.array([[1] * 9 + [2] * 7, [1] * 12 + [0] * 4])
-START = np.array([[0] * 9 + [9] * 7, [0] * 12 + [12] * 4])
-END = np.array([[9] * 9 + [16] * 7, [12] * 12 + [16] * 4])
-AT = np.array([[2, 7, 12], [0, 9, 10]])
-WEIGHTS = np.array(
-    [[[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 0]], [[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]]
-)
-
 
 def setup(config, placement, method="cache_augmentation"):
     aug = Augmentation(Transformer(config), method, L, placement, loss_chunk=5)
     return aug, {"decoder": small.decoder(config), "coprocessor": small.coprocessor(config, L)}
-
-
-def document_of(b, m):
-    """The document that holds a trace, and where in it the trace is."""
-    p = AT[b, m]
-    return TOKENS[b, START[b, p] : END[b, p]], p - START[b, p]
 
 
 @partial(jax.jit, static_argnums=0)

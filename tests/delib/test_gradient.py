@@ -14,7 +14,7 @@ import naive
 import numpy as np
 import pytest
 import small
-from test_augment import AT, SEGMENT, TOKENS, WEIGHTS, A, L, document_of
+from two_rows import AT, SEGMENT, TOKENS, WEIGHTS, A, L, document_of
 
 from latent_delib.delib import augment
 from latent_delib.delib.augment import Augmentation

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-import small
+import workdirs
 
 from configs import base
 from latent_delib import train
@@ -98,11 +98,11 @@ def names(tree):
 def check_against_one_device(alone, workdir):
     """Float32 sums in another order: a few units in the last place per step."""
     rows, state = alone
-    found = small.rows_of(workdir)
+    found = workdirs.rows_of(workdir)
     assert [row["step"] for row in found] == [1, 2, 3, 4]
     for key in ("loss", "grad_norm"):
         np.testing.assert_allclose([r[key] for r in found], [r[key] for r in rows], rtol=2e-5)
-    weights = small.weights_of(workdir, 4)
+    weights = workdirs.weights_of(workdir, 4)
     assert jax.tree.structure(weights) == jax.tree.structure(state.trainable)
     jax.tree.map(
         partial(np.testing.assert_allclose, rtol=0, atol=2e-6),
@@ -110,7 +110,7 @@ def check_against_one_device(alone, workdir):
         jax.device_get(state.trainable),
     )
     moved = jax.tree.map(
-        lambda x, y: float(abs(x - y).max()), weights, small.weights_of(workdir, 2)
+        lambda x, y: float(abs(x - y).max()), weights, workdirs.weights_of(workdir, 2)
     )
     assert min(jax.tree.leaves(moved)) > 1e-4, "weights that do not move agree with anything"
 
@@ -293,7 +293,7 @@ def test_the_default_path_on_a_mesh_is_near_float32_on_one_device(alone, train_o
     """bfloat16 and remat "attention", rows, weights and traces split over eight devices."""
     default = {"compute.dtype": "bfloat16", "compute.remat": "attention"}
     workdir = train_on_mesh(default | {"mesh.data": 2, "mesh.fsdp": 2, "mesh.traces": 2})
-    found = small.rows_of(workdir)
+    found = workdirs.rows_of(workdir)
     rows, _ = alone
     # The third gradient differs by 3 to 6 % among CPUs: two large steps in bfloat16 come before it.
     for key, tolerance in (("loss", 2e-3), ("grad_norm", 0.1)):

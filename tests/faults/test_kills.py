@@ -10,10 +10,10 @@ import signal
 import time
 
 import pytest
+import workdirs
 
 from latent_delib.machine import distributed
 from tests.faults.task import EVERY, is_saving, last_step, newest, wait_until
-from tests.test_train import assert_same
 
 pytestmark = pytest.mark.slow
 
@@ -87,7 +87,7 @@ def test_random_moments(task, count):
                 assert reached - saved <= 2 * EVERY, (
                     "steps since a whole checkpoint, and one more may be in the making"
                 )
-        assert_same(workdir, task.undisturbed(count))
+        workdirs.assert_same(workdir, task.undisturbed(count))
     print(
         f"\n{count} process(es): {seen}; at most {repeated} steps done again; "
         f"ended {slowest:.1f} s after a kill"

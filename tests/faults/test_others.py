@@ -7,11 +7,11 @@ import subprocess
 import time
 
 import pytest
+import workdirs
 
 from latent_delib.machine import distributed
 from tests.faults.task import last_step, newest, wait_until
 from tests.processes import ROOT
-from tests.test_train import assert_same
 
 pytestmark = pytest.mark.slow
 
@@ -44,7 +44,7 @@ def test_the_launcher_goes_on_after_a_kill(task):
         launcher.terminate()
         launcher.wait()
     assert said.read_text().count("resuming") == 2
-    assert_same(workdir, task.undisturbed(2))
+    workdirs.assert_same(workdir, task.undisturbed(2))
 
 
 def test_a_process_that_hangs_is_noticed(task):
@@ -82,7 +82,7 @@ def test_a_disk_that_is_full(task):
         with task.start(1, workdir, keep) as job:
             assert job.wait() == [0], job.said(0)
             assert f"at step {saved}" in job.said(0)
-        assert_same(workdir, task.undisturbed(1))
+        workdirs.assert_same(workdir, task.undisturbed(1))
     finally:
         subprocess.run(["umount", str(workdir)], check=True)
 

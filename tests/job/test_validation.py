@@ -6,7 +6,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-import small
+import workdirs
 from ml_collections import ConfigDict
 
 import latent_delib as ld
@@ -17,7 +17,6 @@ from latent_delib.errors import UserError
 from latent_delib.job import experiment, parameters
 from latent_delib.job import plan as planning
 from latent_delib.job.validation import BATCHES, Validation
-from tests.test_train import assert_same, copy_at_step_2
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
 FIGURES = ("validation_loss", "validation_loss_decoder")
@@ -31,7 +30,7 @@ def rows_of(config, count=None):
 
 def figures_of(workdir):
     """Step -> its figures of held-out text, of the steps that have some."""
-    rows = [row for row in small.rows_of(workdir) if FIGURES[0] in row]
+    rows = [row for row in workdirs.rows_of(workdir) if FIGURES[0] in row]
     return {row["step"]: {name: row[name] for name in FIGURES if name in row} for row in rows}
 
 
@@ -45,7 +44,7 @@ def validated(make_config, tmp_path_factory):
 
 def test_training_does_not_feel_it(trained, validated):
     """Bit for bit; the plain decoder's figure is one number."""
-    assert_same(validated, trained)
+    workdirs.assert_same(validated, trained)
     figures = figures_of(validated)
     assert list(figures) == [2, 4]
     assert len({row["validation_loss"] for row in figures.values()}) == 2
@@ -83,7 +82,7 @@ def test_it_is_what_the_model_in_use_says(make_config, validated):
 
 @pytest.mark.slow
 def test_a_resumed_job_finds_the_same(trained, validated, make_config, tmp_path):
-    copy_at_step_2(trained, tmp_path / "workdir")  # trained without
+    workdirs.copy_at_step_2(trained, tmp_path / "workdir")  # trained without
     train.train(make_config({"train.validate_every": 2}), str(tmp_path / "workdir"))
     assert figures_of(tmp_path / "workdir") == {4: figures_of(validated)[4]}
     shutil.rmtree(tmp_path / "workdir" / "checkpoints" / "4")
@@ -103,7 +102,7 @@ def test_it_is_the_same_however_it_is_computed(make_config, validated, changes):
     exp = experiment.read(make_config({"train.validate_every": 2} | changes))
     plan = planning.make(exp)
     shardings = planning.shardings_of(plan.state.trainable)
-    weights = jax.device_put(small.weights_of(validated, 4), shardings)
+    weights = jax.device_put(workdirs.weights_of(validated, 4), shardings)
     validation = Validation(exp, plan, parameters.load_frozen(exp), weights)
     found = validation(weights)
     assert found == pytest.approx(figures_of(validated)[4], rel=1e-5)

@@ -5,13 +5,12 @@ from types import SimpleNamespace
 
 import jax
 import pytest
-import small
+import workdirs
 
 from latent_delib import train
 from latent_delib.errors import UserError
 from latent_delib.job import experiment
 from latent_delib.job.metrics import Metrics
-from tests.test_train import assert_same, copy_at_step_2
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
 WANDB = {"train.wandb": "a-project"}
@@ -44,23 +43,24 @@ def wandb(monkeypatch):
 @pytest.mark.slow
 def test_a_run_has_the_rows_of_the_job_and_goes_on_with_it(trained, make_config, tmp_path, wandb):
     workdir = tmp_path / "workdir"
-    copy_at_step_2(trained, workdir)
+    workdirs.copy_at_step_2(trained, workdir)
     train.train(make_config(WANDB), str(workdir))
-    assert_same(workdir, trained)
-    assert wandb.rows == small.rows_of(workdir)[2:] and wandb.ends == 1
+    workdirs.assert_same(workdir, trained)
+    assert wandb.rows == workdirs.rows_of(workdir)[2:] and wandb.ends == 1
     train.train(make_config(WANDB | {"train.steps": 6}), str(workdir))
     assert [row["step"] for row in wandb.rows] == [3, 4, 5, 6]
     first, second = wandb.inits
     assert first["project"] == "a-project" and first["dir"] == str(workdir)
     assert first["id"] == second["id"] == (workdir / "wandb_run.txt").read_text()
     assert first["resume"] == "allow" and second["config"]["train"]["steps"] == 6
-    assert first["config"] == small.meta_of(workdir)["config"] | {"train": first["config"]["train"]}
+    config = workdirs.meta_of(workdir)["config"]
+    assert first["config"] == config | {"train": first["config"]["train"]}
 
 
 @pytest.mark.slow
 def test_steps_that_are_done_again_are_not_told_again(trained, make_config, tmp_path, wandb):
     """A job that was killed in step 4 had told of step 3."""
-    copy_at_step_2(trained, tmp_path / "workdir")
+    workdirs.copy_at_step_2(trained, tmp_path / "workdir")
     wandb.starting_step = 4
     train.train(make_config(WANDB), str(tmp_path / "workdir"))
     assert [row["step"] for row in wandb.rows] == [4]

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -15,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import small
+import workdirs
 
 from latent_delib import evaluate, train
 from latent_delib import mesh as mesh_lib
@@ -95,18 +94,13 @@ def saved(workdir):
     return checkpoint.open_for_reading(str(workdir))[0].restore_newest()
 
 
-def copy_at_step_2(workdir, copy):
-    shutil.copytree(workdir, copy)
-    shutil.rmtree(copy / "checkpoints" / "4")
-
-
 def test_two_processes_equal_one(
     shared_steps, tiny, trained, make_config, decoder_folder, tmp_path
 ):
     """Trains, evaluates, goes on from one process's checkpoint, writes a decoder held in parts."""
     other = "process 1 has another config than process 0: "
     other += "expected the same command and files on every worker"
-    copy_at_step_2(trained, tmp_path / "resumed")
+    workdirs.copy_at_step_2(trained, tmp_path / "resumed")
     decoder = tiny | {"method.name": "decoder", "mesh.data": 1, "mesh.fsdp": 8}
     stopped, result, *_, train_said, evaluate_said = run(
         2,
@@ -149,9 +143,9 @@ def test_four_processes_on_every_mesh_axis_equal_one(tiny, trained, make_config,
         ("evaluate", split, str(trained), str(tmp_path / "out")),
     )
     assert_close(tmp_path / "fresh", trained)
-    copy_at_step_2(trained, tmp_path / "one")
+    workdirs.copy_at_step_2(trained, tmp_path / "one")
     train.train(make_config(validated), str(tmp_path / "one"))
-    several, one = (small.rows_of(tmp_path / name)[-1] for name in ("fresh", "one"))
+    several, one = (workdirs.rows_of(tmp_path / name)[-1] for name in ("fresh", "one"))
     for name in ("validation_loss", "validation_loss_decoder"):
         assert several[name] == pytest.approx(one[name], rel=1e-5)
     assert_same_perplexity(

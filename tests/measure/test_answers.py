@@ -6,7 +6,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-import small
+import workdirs
 
 import latent_delib as ld
 from latent_delib import prepare, train
@@ -154,7 +154,7 @@ def test_benchmark_says_the_same(config_of, write, tmp_path, one_device):
         out=tmp_path / "out",
     )
     written = json.loads((tmp_path / "out" / "benchmarks.json").read_text())
-    row = small.rows_of(tmp_path / "run")[-1]
+    row = workdirs.rows_of(tmp_path / "run")[-1]
     for found, behind in zip(written["rows"], ("_decoder", ""), strict=True):
         for key, end in (("value", ""), ("low", "_low"), ("high", "_high")):
             assert row[f"validation_solved{end}{behind}"] == pytest.approx(found[key])

@@ -8,8 +8,8 @@ import tracemalloc
 import numpy as np
 import pytest
 from checkpoints import stored
+from gguf_files import write
 from safetensors.numpy import save_file
-from test_gguf import write
 
 from latent_delib.convert import convert
 from latent_delib.errors import UserError
