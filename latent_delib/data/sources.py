@@ -22,6 +22,7 @@ import os
 import pathlib
 import re
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from etils import epath
@@ -207,7 +208,9 @@ def only_files(source: str, found: Iterable[str]) -> list[str]:
       UserError: there are none.
     """
     found = sorted(set(found))
-    files = [path for path in found if not epath.Path(path).is_dir()]
+    with ThreadPoolExecutor(32) as pool:  # a store answers many calls at once
+        is_folder = list(pool.map(lambda path: epath.Path(path).is_dir(), found))
+    files = [path for path, is_one in zip(found, is_folder) if not is_one]
     if files:
         return files
     meant = parse(source)
