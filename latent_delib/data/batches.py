@@ -61,6 +61,7 @@ class Training:
 
         For text files it covers their names, their sizes, and their first and last 64 KiB: two
         small reads per file. A change in the middle of a file that keeps its size is not noticed.
+        It also covers the version of the order in which text is read.
 
         Raises:
           UserError: text is missing or cannot be read.
@@ -186,8 +187,11 @@ def check_fingerprint(stored: dict[str, str], found: dict[str, str]) -> None:
     parts = []
     for names, what in ((changed, "changed"), (gone, "gone"), (new, "new")):
         parts += [f"{name} {what}" for name in sorted(names)]
+    remedy = "restore the files as they were, or start in a new --workdir"
+    if any(part.startswith("order") for part in parts):
+        remedy = "this version reads the same text in another order: start in a new --workdir"
     if parts:
         raise UserError(
             f"config.data: not the data that the checkpoint was trained on: {', '.join(parts)}; "
-            "restore the files as they were, or start in a new --workdir"
+            f"{remedy}"
         )

@@ -9,6 +9,7 @@ longer than a row loses its end.
 
 import collections
 import itertools
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -78,6 +79,7 @@ class BadRecords:
     def __init__(self, limit: int):
         self.limit = limit
         self.met: collections.Counter[str] = collections.Counter()
+        self.lock = threading.Lock()  # each source may be read by a thread of its own
 
     def __call__(self, record: str) -> None:
         """Counts `record`, a text "FILE: PLACE: FAULT".
@@ -87,18 +89,19 @@ class BadRecords:
         Raises:
           UserError: the record is one more than the limit.
         """
-        is_new = record not in self.met
-        number = len(self.met) + 1
-        if is_new and number > self.limit:
-            raise UserError(
-                f"config.data: {record} (bad record number {number}, "
-                f"config.data.max_bad_records is {self.limit})"
-            )
+        with self.lock:
+            is_new = record not in self.met
+            number = len(self.met) + 1
+            if is_new and number > self.limit:
+                raise UserError(
+                    f"config.data: {record} (bad record number {number}, "
+                    f"config.data.max_bad_records is {self.limit})"
+                )
+            self.met[record] += 1
         is_power_of_two = number & (number - 1) == 0
         if is_new and (number <= 8 or is_power_of_two):
             # UserError escapes the characters of a record that cannot be printed.
             print(UserError(f"bad record number {number}, skipped: {record}"), flush=True)
-        self.met[record] += 1
 
 
 def encode(text: bytes, tokenizer: Any, in_text: bool = False) -> tuple[np.ndarray, str]:

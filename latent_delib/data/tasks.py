@@ -3,11 +3,13 @@
 This module imports TensorFlow. So it is imported only where training reads text, not token files.
 """
 
-import copy
+import atexit
+import contextlib
 import errno
 import hashlib
 import itertools
 import re
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -37,13 +39,16 @@ def endless_documents(
 ) -> Iterator[np.ndarray]:
     """Yields the tokens of a source's documents, epoch after epoch, int32 [n] without BOS.
 
-    Each epoch has the parts of the source in another order, decided by `key`.
+    Each epoch has the parts of the source in another order, decided by `key`. Only where one part
+    is open at a time (see `Reader.cycle`) the order stays: there the parts may be divided otherwise
+    on another machine.
     """
-    shuffled = copy.copy(reader)
     for epoch in itertools.count():
-        order = sorted(range(len(reader.parts)), key=lambda i: _hash(*key, epoch, i))
-        shuffled.parts = [reader.parts[i] for i in order]
-        for document in text.documents(shuffled, str(tokenizer.path), bad):
+        parts = reader.parts
+        if reader.cycle > 1:
+            order = sorted(range(len(parts)), key=lambda i: _hash(*key, epoch, i))
+            parts = [parts[i] for i in order]
+        for document in text.documents(reader, str(tokenizer.path), bad, parts):
             yield document.tokens
 
 
@@ -109,11 +114,7 @@ class Training:
     def batches(
         self, *, batch_size: int, seed: int, rows: np.ndarray, start_step: int
     ) -> Iterator[dict[str, np.ndarray]]:
-        """Returns batches without end, as `batches.Training` does.
-
-        The result is a generator. Close it before the process ends: otherwise TensorFlow's threads
-        may wait for Python for ever.
-        """
+        """Returns batches without end, as `batches.Training` does."""
         data, tokenizer = self.data, self.tokenizer
         bad = BadRecords(data.max_bad_records)
         text.check_texts(self.readers, str(tokenizer.path), bad)
@@ -132,7 +133,19 @@ class Training:
             return {"tokens": tokens, "segment": segment}
 
         elements = _elements(dataset.batch(batch_size).prefetch(2), data.sources)
+        _OPEN.add(elements)
         return (own_rows(element) for element in itertools.islice(elements, start_step, None))
+
+
+_OPEN: weakref.WeakSet = weakref.WeakSet()  # generators of `_elements`
+
+
+@atexit.register
+def _close() -> None:
+    """Ends TensorFlow's threads while Python still runs: later they would wait for it for ever."""
+    for elements in list(_OPEN):
+        with contextlib.suppress(ValueError):  # it is at work, in another thread
+            elements.close()
 
 
 def _elements(dataset: tf.data.Dataset, sources: Iterable[str]) -> Iterator[dict[str, np.ndarray]]:
@@ -140,7 +153,7 @@ def _elements(dataset: tf.data.Dataset, sources: Iterable[str]) -> Iterator[dict
     try:
         with reading(sources):
             yield from dataset.as_numpy_iterator()
-    except tf.errors.OpError as error:  # TensorFlow keeps one line of an error that a reader raised
+    except tf.errors.OpError as error:  # TensorFlow keeps one line of an error that ours raised
         told = re.search(r"\b(UserError|Outage): (.*)", error.message)
         if told is None:
             raise

@@ -26,7 +26,7 @@ from latent_delib.data.text_files import TextFiles
 from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.errors import UserError
 
-BLOCK = 16  # texts that are read from a part at each of its turns, as in seqio
+BLOCK = 16  # texts that are read from a part at each of its turns
 _THREADS = min(8, os.cpu_count() or 1)
 _GROUP = 16  # texts that a thread takes at once
 
@@ -37,7 +37,8 @@ class Reader(Protocol):
     Attributes:
       source: the source string of the config.
       parts: the names of the parts.
-      cycle: how many parts are open at a time; in turn, a block of texts is read from each.
+      cycle: how many parts are open at a time; in turn, a block of texts is read from each. 1: the
+        parts may be divided otherwise on another machine, and the texts have the same order there.
       unit: the word for one text of a part in error messages, such as "line".
     """
 
@@ -96,14 +97,15 @@ def texts_of_part(reader: Reader, part: str) -> Iterator[Text]:
         yield Text(content, part, number)
 
 
-def texts(reader: Reader) -> Iterator[Text]:
-    """Yields every text of a source once, in the order of its seqio task without shuffling.
+def texts(reader: Reader, parts: Iterable[str] | None = None) -> Iterator[Text]:
+    """Yields every text of a source once, or of some of its parts, in their order.
 
-    In turn, a block is read from each open part, as tf.data does. `reader.cycle` parts are open at
-    a time. When one has ended, the next part takes its place.
+    In turn, a block is read from each open part. `reader.cycle` parts are open at a time. When one
+    has ended, the next part takes its place.
     """
-    parts = (texts_of_part(reader, part) for part in reader.parts)
-    opened = collections.deque(itertools.islice(parts, reader.cycle))
+    names = reader.parts if parts is None else parts
+    unopened = (texts_of_part(reader, part) for part in names)
+    opened = collections.deque(itertools.islice(unopened, reader.cycle))
     while opened:
         part = opened.popleft()
         block = list(itertools.islice(part, BLOCK))
@@ -111,7 +113,7 @@ def texts(reader: Reader) -> Iterator[Text]:
         if len(block) == BLOCK:
             opened.append(part)
         else:
-            opened.extend(itertools.islice(parts, 1))
+            opened.extend(itertools.islice(unopened, 1))
 
 
 def tokens_of(reader: Reader, text: Text, tokenizer: Tokenizer) -> tuple[np.ndarray, str]:
@@ -130,8 +132,10 @@ def tokens_of(reader: Reader, text: Text, tokenizer: Tokenizer) -> tuple[np.ndar
     return tokens, fault
 
 
-def documents(reader: Reader, tokenizer_path: str, bad: BadRecords) -> Iterator[Document]:
-    """Yields every good document of a source once, in a fixed order.
+def documents(
+    reader: Reader, tokenizer_path: str, bad: BadRecords, parts: Iterable[str] | None = None
+) -> Iterator[Document]:
+    """Yields every good document of a source once, in a fixed order: that of `texts`.
 
     Raises:
       UserError: the source has no good document, or one bad document too many.
@@ -142,7 +146,7 @@ def documents(reader: Reader, tokenizer_path: str, bad: BadRecords) -> Iterator[
         return [(text, *tokens_of(reader, text, tokenizer)) for text in group]
 
     empty = True
-    groups = grouped(texts(reader), _GROUP)
+    groups = grouped(texts(reader, parts), _GROUP)
     for group in map_in_threads(encoded, groups, threads=_THREADS, count=2 * _THREADS):
         for text, tokens, fault in group:
             if fault:

@@ -17,7 +17,7 @@ from etils import epath
 from latent_delib.data.sources import Files, common_folder, local_files, only_files
 from latent_delib.errors import UserError, reason, store_error
 
-CYCLE = 16  # files that are read in turns, as in seqio and TFDS
+CYCLE = 16  # files that are read in turns, as in TFDS
 _SEPARATOR = re.compile(rb"\n\f(?:\r?\n\f)*\r?\n")
 _END = 1 << 16  # bytes at each end of a file that its digest covers
 # Errors of a file, by name: the last three are TensorFlow's.

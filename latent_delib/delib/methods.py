@@ -31,7 +31,7 @@ class Method(NamedTuple):
       tree. `step.make_optimizer` decides by its name whether it decays, and at which rate.
     trains_decoder: the decoder itself is trained.
     reads_text: the latents depend on the text. Only such latents can be late, or be swapped for
-      latents of another text.
+      latents of another text; and only if they are not keys.
     has_matrices: matrices are trained. Only then can low-rank adapters replace them.
     starts_random: the coprocessor begins with random matrices, on which no adapter can build.
     own_size: the coprocessor may have another architecture than the decoder.

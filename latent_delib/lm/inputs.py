@@ -67,11 +67,8 @@ def check_options(
     sampler = Sampler(**sampling).checked()
     own = aug.every if aug else 0
     every, delay = check_rhythm(every, delay, own)
-    if aug and delay != 0 and METHODS[aug.method].writes_keys:
-        raise UserError(
-            f"delay={delay}: method {aug.method!r} writes keys, which depend on their position, so "
-            "they cannot join later; leave it 0"
-        )
+    if aug:
+        check_late(delay, aug.method)
     return GenerationOptions(max_new_tokens, sampler, every or own, delay)
 
 
@@ -97,6 +94,17 @@ def check_rhythm(every: int, delay: int | None, own: int = 0) -> tuple[int, int 
     if rhythm and delay >= rhythm:
         raise UserError(f"delay={delay}: expected less than every={rhythm}")
     return every, delay
+
+
+def check_late(delay: int | None, method: str) -> None:
+    """Raises UserError for latents that would join late, but hold their position."""
+    if delay == 0 or not METHODS[method].writes_keys:
+        return
+    given = "coprocessor_devices" if delay is None else f"delay={delay}"
+    raise UserError(
+        f"{given}: method {method!r} writes keys, which depend on their position, so they cannot "
+        "join later; leave it out"
+    )
 
 
 def checked_dtype(dtype: Any) -> np.dtype:

@@ -25,7 +25,8 @@ from latent_delib.machine.config_keys import list_keys
 STOPPED = 75  # the exit code after SIGTERM, once all is saved: run it again to go on
 UNREAD = 128 + signal.SIGPIPE  # the exit code once nobody reads the output, as after `| head`
 UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EPIPE)
-# Messages of Orbax and asyncio that tell nothing new: a failed save raises its error as well.
+# Messages of Orbax and asyncio that tell nothing new, because a failed save raises its error as
+# well; and seqio's warning of a source that it does not keep on disk.
 NOISE = re.compile(
     r"Requested `tracked_metric`|run\(\) raised an exception|Handler Commit operations"
     "|Save Finalize thread|Event loop is closed|Task was destroyed but it is pending"

@@ -285,6 +285,25 @@ def test_seqio_reads_what_the_reader_reads(kind, tokenizer_path, tmp_path, monke
     endless = tasks.endless_documents(found, Tokenizer(path), bad, (0, 0))
     shuffled = [tokens.tolist() for tokens in itertools.islice(endless, len(read))]
     assert sorted(shuffled) == sorted(read) and len(read) > 50
+    assert (shuffled == read) == (found.cycle == 1)
+
+
+def test_a_bad_record_of_the_hub_is_one_in_every_epoch(tokenizer_path, tmp_path):
+    from latent_delib.data import tasks
+
+    for number in range(5):
+        lines = [json.dumps({"text": f"a cat {number} {i}"}) for i in range(3)]
+        if number == 1:
+            lines[1] = json.dumps({"text": "a \0 cat"})
+        (tmp_path / f"train-{number}.jsonl").write_text("\n".join(lines))
+    found, bad = reader.open_source(f"hf:{tmp_path}:train:text"), rows.BadRecords(1)
+    endless = tasks.endless_documents(found, Tokenizer(tokenizer_path), bad, (0, 0))
+    epochs = [[t.tolist() for t in itertools.islice(endless, 14)] for _ in range(3)]
+    assert epochs[0] == epochs[1] == epochs[2] and len(found.parts) == 5
+    assert list(bad.met) == [
+        f"hf:{tmp_path}:train:text, file 2: record 2: "
+        "holds NUL characters, is it UTF-16? convert the file to UTF-8"
+    ]
 
 
 def test_a_bad_record_is_named(tmp_path, tokenizer_path):

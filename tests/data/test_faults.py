@@ -412,8 +412,11 @@ def test_fingerprint_of_token_files_reads_meta_json_alone(
 
 def test_a_checkpoint_of_another_order_is_not_trained_on(folder, sources, tokenizer_path):
     found = fingerprint(make_data(sources["train"], folder), tokenizer_path)
-    with pytest.raises(UserError, match="order changed"):
+    with pytest.raises(UserError, match="order changed; this version reads .* in another order"):
         batches.check_fingerprint(found | {"order": "3"}, found)
+    of_text = fingerprint(make_data(sources["train"], ""), tokenizer_path)
+    with pytest.raises(UserError, match="order of text new; this version reads"):
+        batches.check_fingerprint({k: v for k, v in of_text.items() if "order" not in k}, of_text)
     text = {"tokenizer": found["tokenizer"], "sources[0]": "of text"}
     with pytest.raises(UserError, match="token_files is set: .* leave it empty"):
         batches.check_fingerprint(text, found)

@@ -208,6 +208,26 @@ def test_batch_is_a_function_of_seed_and_step(tokenizer, mixture):
         np.testing.assert_array_equal(batch["segment"], rows.segments(batch["tokens"], BOS, PAD))
 
 
+def test_a_process_that_fails_ends(tokenizer, tmp_path):
+    """Even with a thread of TensorFlow that has more text to read."""
+    write_files(tmp_path / "a", files=2, documents_each=5)
+    data = config_data((f"files:{tmp_path}/a/*",))
+    program = f"""
+from absl import flags
+from ml_collections import ConfigDict
+from latent_delib.data import batches
+flags.FLAGS(["test"])
+text = batches.Training(ConfigDict({data.to_dict()!r}), {tokenizer!r})
+found = text.batches(batch_size=4, seed=0)
+next(found)
+raise RuntimeError("a bug")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1 and done.stderr.endswith("RuntimeError: a bug\n")
+
+
 @pytest.mark.slow
 def test_another_process_reads_the_same(tokenizer, tmp_path):
     """Hosts share batches by each running the whole pipeline: it must be the same everywhere."""

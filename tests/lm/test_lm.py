@@ -972,7 +972,7 @@ MISTAKES = {
         lambda lm, d: ld.AugmentedLM(
             d, dataclasses.replace(ld.init_coprocessor(d, L, "overlay"), method="inserted")
         ).generate(["a"], delay=1),
-        "delay=1: method 'inserted' writes keys",
+        "^delay=1: method 'inserted' writes keys",
     ),
     "temperature": (
         lambda lm, d: lm.generate(["a"], temperature=-0.1),

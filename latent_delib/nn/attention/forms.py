@@ -58,7 +58,8 @@ def attend(
     """Computes `primitive.attend` in one of FORMS.
 
     Gradients reach every input that is differentiated. Where a kernel does not support the head
-    dim, the dtype, or the gradient of a prefix, "xla" replaces it, with a warning.
+    dim, the dtype, or the gradient of a prefix, "xla" replaces it, with a warning. It also replaces
+    a kernel, silently, where a group has keys before its queries: those of methods that write keys.
 
     Args:
       q_BMSNH, k_BMUKH, v_BMUKH, prefix, bounds, scale, softcap: as for `primitive.attend`.
