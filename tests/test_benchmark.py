@@ -17,6 +17,7 @@ from scipy import optimize
 import latent_delib as ld
 from latent_delib import benchmark
 from latent_delib.data.questions import Question
+from latent_delib.delib.methods import METHODS
 from latent_delib.errors import Outage
 from latent_delib.lm import load, scoring
 from latent_delib.measure import harness, scores, suites
@@ -545,6 +546,15 @@ def test_rows_and_resume(call, tmp_path):
         "syllogism.augmented.jsonl",
         "syllogism.decoder.jsonl",
     ]
+
+
+def test_keys_are_not_late(call, monkeypatch):
+    """It is said before anything is loaded."""
+    row = METHODS["cache_augmentation"]._replace(writes_keys=True)
+    monkeypatch.setitem(METHODS, "cache_augmentation", row)
+    monkeypatch.setattr(benchmark, "_load_tasks", None)
+    said = call("syllogism", "augmented", delay=1)
+    assert "delay=1: method 'cache_augmentation' writes keys" in said
 
 
 def test_questions_of_your_own(call, lm, tmp_path, monkeypatch):
