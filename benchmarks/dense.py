@@ -98,8 +98,7 @@ def forward(
     """
     seen_BSU = visible(query, key)
     near_BSU = query.position[:, :, None] - key.position[:, None, :] < c.window
-    ropes = [(c.rope_base, c.rope_scaling), (c.local_rope_base, ())]
-    rope_22BSH = jnp.stack([rotary.table(query.position, c.head_dim, *rope) for rope in ropes])
+    ropes = rotary.tables(c, query.position)
 
     def norm(scale: Params, x: jax.Array) -> jax.Array:
         return RMSNorm(c.norm_eps, c.norm_offset).apply({"params": scale}, x)
@@ -113,7 +112,7 @@ def forward(
                 y += p["attn"][f"{name}_bias"].astype(y.dtype)
             if c.qk_norm and name != "v":
                 y = norm(p["attn"][f"{name}_norm"], y)
-            heads[name] = y if name == "v" else rotary.rotate(y, rope_22BSH[is_local])
+            heads[name] = y if name == "v" else rotary.rotate(y, ropes[is_local])
         own = keys = (heads["k"], heads["v"])
         if before is not None:
             keys = jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=1), before, own)

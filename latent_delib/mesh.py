@@ -302,7 +302,8 @@ def product(mesh: Mesh) -> Callable[..., jax.Array]:
     """
     width = WEIGHTS["embed"]
     flat = mesh.devices.flat[0].platform == "cpu"
-    # The compiler for CPUs aborts on sums of bfloat16 over some axes when it has to split others.
+    # An axis not in `by_hand` is left to the compiler: tensor, if it splits anything. The compiler
+    # for CPUs aborts on sums of bfloat16 over some axes when it has to split others.
     by_hand = {*ROWS, *width} if mesh.shape["tensor"] > 1 else {*mesh.axis_names}
 
     def specs(axes: Axes, rules: Rules) -> PartitionSpec:

@@ -168,15 +168,18 @@ def causal(n):
 
 
 def latent_position(p, L, placement):
-    if placement == "shared":
-        return np.full(L, p)
-    first = {"after": p + 1, "before": p, "overlay": p - L + 1}[placement]
-    return np.maximum(np.arange(first, first + L), 0)
+    offset = {
+        "after": np.arange(1, L + 1),
+        "before": np.arange(L),
+        "overlay": np.arange(1 - L, 1),
+        "shared": np.zeros(L, int),
+    }
+    return np.maximum(p + offset[placement], 0)
 
 
 def moves(placement):
     """Whether text after latents moves on by their number."""
-    return placement not in ("overlay", "shared")
+    return {"after": True, "before": True, "overlay": False, "shared": False}[placement]
 
 
 def written(config, decoder, coprocessor, text, q, placement, method="cache_augmentation", L=None):

@@ -7,8 +7,9 @@ Latents are vectors z [B, M, L, D], which enter the decoder where token embeddin
 scaled again; or they are keys and values for each decoder layer (`Inserted`). In every `write_...`
 function, `params` is the dict of `delib.augment`.
 
-Each decoder layer norms its inputs. So a shorter latent has a smaller effect, but one of length 0
-still has one. To weaken latents to nothing, scale values (`Inserted`) or lower attention scores.
+Each decoder layer norms its inputs. So a shorter latent need not have a smaller effect, and one of
+length 0 still has one. To weaken latents to nothing, scale values (`Inserted`) or lower attention
+scores.
 """
 
 from functools import partial
@@ -152,15 +153,23 @@ def soft_tokens_per_trace(
     """Returns the soft tokens for every trace, [B, M, L, D] in `dtype`.
 
     Soft tokens are repeated until there are L of them: one soft token L times, and a group as often
-    as it recurs. The repetition is in float32: the gradient of a soft token is a sum over all
-    traces, and a sum of thousands of addends in bfloat16 would lose most of them.
+    as it recurs.
     """
-    B, M, L = traces.latent_position.shape
+    L = traces.latent_position.shape[-1]
     soft_LD = params["coprocessor"]["soft_tokens"].astype(dtype)
     soft_LD = model.partition.gather(soft_LD, AXES["soft_tokens"])
     soft_LD = jnp.tile(soft_LD.astype(jnp.float32), (L // len(soft_LD), 1))
-    soft_BMLD = jnp.broadcast_to(soft_LD, (B, M, *soft_LD.shape))
-    return soft_BMLD.astype(dtype)
+    return per_trace(soft_LD, traces).astype(dtype)
+
+
+def per_trace(x: jax.Array, traces: Traces) -> jax.Array:
+    """Repeats a weight for every trace, float32 [B, M, *x.shape].
+
+    Float32, because a weight's gradient is a sum over all traces: in bfloat16, a sum of thousands
+    of addends would lose most of them.
+    """
+    B, M, _ = traces.latent_position.shape
+    return jnp.broadcast_to(x.astype(jnp.float32), (B, M, *x.shape))
 
 
 def write_soft_tokens(
@@ -190,17 +199,12 @@ def write_cartridge(
     """
     config = models.decoder.config
     dtype = reading.cache.k.dtype
-    B, M, _ = traces.latent_position.shape
-
-    def of_traces(x: jax.Array) -> jax.Array:
-        # Repeated as float32, as in `soft_tokens_per_trace`: [B, M, layers, L, K, H].
-        x = x.astype(dtype).astype(jnp.float32)
-        return jnp.broadcast_to(x, (B, M, *x.shape)).astype(dtype)
-
-    k = of_traces(params["coprocessor"]["keys"])
+    own = {name: params["coprocessor"][name].astype(dtype) for name in CARTRIDGE_AXES}
+    k = per_trace(own["keys"], traces).astype(dtype)  # [B, M, layers, L, K, H]
+    v = per_trace(own["values"], traces).astype(dtype)
     position = traces.latent_position
     layers = [rotated(k[:, :, l], position, config, l) for l in range(config.num_layers)]
-    return Inserted(jnp.stack(layers, axis=2), of_traces(params["coprocessor"]["values"]))
+    return Inserted(jnp.stack(layers, axis=2), v)
 
 
 def write_in_one_pass(
@@ -303,8 +307,8 @@ def _fed_back(
     def one(carry: tuple[jax.Array, KV], i: jax.Array) -> tuple[tuple[jax.Array, KV], jax.Array]:
         z_BMD, earlier = carry
         x_BMD = jnp.take(x_BMLD, i, axis=2) + z_BMD
-        # There are L places at every step. Tokens 0 ... i take the last i + 1 of them; the others
-        # are hidden.
+        # There are L places at every step. Tokens 0 ... i take the last i + 1 of them. The places
+        # before them are hidden, so their positions do not matter.
         unused = L - 1 - i
         places_BML = jnp.roll(position_BML, unused, axis=2)
         bounds = jax.tree.map(lambda x: jnp.take(x, i, axis=2)[..., None], traces.latent_bounds)
@@ -354,8 +358,4 @@ def rotated(
     """
     if config.learned_positions:
         return x
-    if config.is_local[layer]:
-        table = rotary.table(position, config.head_dim, config.local_rope_base)
-    else:
-        table = rotary.table(position, config.head_dim, config.rope_base, config.rope_scaling)
-    return rotary.rotate(x, table)
+    return rotary.rotate(x, rotary.tables(config, position)[int(config.is_local[layer])])

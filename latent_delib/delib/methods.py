@@ -27,8 +27,8 @@ class Method(NamedTuple):
       `method.prompt_end`, of the tokens that follow prompts).
     cost: FLOPs of writing the latents of one step.
     axes: logical axes of the method's own parameters, by leaf name; no layer has these names. The
-      axes are keys of `mesh.WEIGHTS`, or None. Each parameter is one leaf of "coprocessor", not a
-      tree. `step.make_optimizer` decides by its name whether it decays, and at which rate.
+      axes are keys of `mesh.WEIGHTS`, or None. Each parameter is one array of "coprocessor". It
+      decays unless its name ends in "scale", "bias" or "soft_tokens" (`step.make_optimizer`).
     trains_decoder: the decoder itself is trained.
     reads_text: the latents depend on the text. Only such latents can be late, or be swapped for
       latents of another text; and only if they are not keys.

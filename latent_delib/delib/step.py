@@ -99,7 +99,8 @@ def make_optimizer(o: Any, steps: int) -> Optimizer:
 
     Gradients are clipped by global norm and scaled, then weight decay is added. The learning rate
     warms up linearly to its peak, then follows a cosine to `final_fraction` of the peak at the last
-    step. Soft tokens have a peak rate of their own. Soft tokens, norms and biases do not decay.
+    step; a job that is shorter than the warm-up ends within it. Soft tokens have a peak rate of
+    their own. Soft tokens, norms and biases do not decay.
 
     Args:
       o: config.optimizer.

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from latent_delib.nn.sizes import TransformerConfig
+
 
 def frequencies(head_dim: int, base: float, scaling: tuple[float, ...] = ()) -> np.ndarray:
     """Returns the angle per position of each pair of features, in radians, float64 [head_dim / 2].
@@ -34,6 +36,17 @@ def table(
     frequency = frequencies(head_dim, base, scaling).astype(np.float32)
     angle = position[..., None].astype(jnp.float32) * frequency
     return jnp.stack([jnp.cos(angle), jnp.sin(angle)])
+
+
+def tables(config: TransformerConfig, position: jax.Array) -> jax.Array:
+    """Returns the `table` of global layers and, where there are any, of local ones.
+
+    Float32 [1 or 2, 2, *position.shape, head_dim / 2]. Layer l has table `int(config.is_local[l])`.
+    """
+    kinds = [(config.rope_base, config.rope_scaling)]
+    if any(config.is_local):
+        kinds.append((config.local_rope_base, ()))
+    return jnp.stack([table(position, config.head_dim, *kind) for kind in kinds])
 
 
 def rotate(x_BMSNH: jax.Array, table_2BMSH: jax.Array) -> jax.Array:

@@ -236,7 +236,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     ),
 }
 # The fields that tell families apart. They decide how tensors are named and which class is chosen.
-MARKS = ("scale_embeddings", "post_norms", "qk_norm", "qkv_bias", "layer_norm")
+MARKS = (
+    "scale_embeddings",
+    "post_norms",
+    "qk_norm",
+    "qkv_bias",
+    "other_bias",
+    "layer_norm",
+    "plain_mlp",
+)
 
 
 def family(config: TransformerConfig) -> str:

@@ -77,16 +77,14 @@ class Transformer(nn.Module):
         position_BMS = position_BMU[:, :, -S:]
         prefix_position = None if cache is None else cache.position
         # Index 0 of each stack is for global layers, 1 for local ones.
-        bases = [(c.rope_base, c.rope_scaling)]
         ranges = [bounds]
         if any(c.is_local):
-            bases.append((c.local_rope_base, ()))
             ranges.append(within_window(bounds, position_BMU, prefix_position, c.window))
         ropes = None
         if c.learned_positions:
             x_BMSD = x_BMSD + self._positions(position_BMS, x_BMSD.dtype)
         else:
-            ropes = jnp.stack([rotary.table(position_BMS, c.head_dim, *base) for base in bases])
+            ropes = rotary.tables(c, position_BMS)
         ranges = jax.tree.map(lambda *kinds: jnp.stack(kinds), *ranges)
 
         block = Block

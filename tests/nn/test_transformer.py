@@ -141,6 +141,20 @@ def test_gradients_of_biases_are_summed_in_float32():
     np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=2**-8)
 
 
+def test_gradients_of_a_token_table_are_summed_in_float32():
+    """4,096 addends of nearly one sign for one row: a sum that keeps 8 bits stops at 256."""
+    table_VD = jnp.ones((5, 3), jnp.bfloat16)
+    index = jnp.full((4, 1024), 2)
+    out, back = jax.vjp(lambda table: transformer.look_up(table, index), table_VD)
+    noise = np.random.default_rng(0).normal(1.0, 0.1, out.shape)
+    cotangent = jnp.asarray(noise, jnp.bfloat16)
+    (found,) = jax.jit(back)(cotangent)
+    expected = np.zeros((5, 3))
+    expected[2] = np.asarray(cotangent, np.float64).sum(axis=(0, 1))
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=2**-8)
+
+
 def test_rotary_is_float32_inside_far_into_the_text():
     position = np.array([[[0, 1, 4097, 100_003]]])
     x = jax.random.normal(jax.random.key(0), (1, 1, 4, 2, 16)).astype(jnp.bfloat16)

@@ -34,7 +34,6 @@ BY_PLATFORM = {
 }
 # Kernel -> the families of cards on which it is proven, by the results in docs/results/chip.
 PROVEN: dict[str, tuple[str, ...]] = {"pallas_gpu": (), "pallas_tpu": (), "tokamax_gpu": ()}
-HOW = "`python -m benchmarks.chip` proves it"
 
 
 def choose(form: str, device: Any, config: TransformerConfig, dtype: Any) -> str:
@@ -144,7 +143,7 @@ def _fastest(device: Any, config: TransformerConfig, dtype: Any) -> str:
     kernel = next((name for name in kernels if is_proven(name, device)), None)
     if kernel is None:
         names = " or ".join(kernels)
-        _tell(f"attention: {names} is not proven on {named(device)}; using xla instead; {HOW}")
+        _tell(f"attention: {names} is not proven on {named(device)}; using xla instead; {_how()}")
         return "xla"
     # Only the first process could compile for its device. With several processes, a kernel that
     # does not compile raises its error when the job compiles.
@@ -188,6 +187,14 @@ def brief(error: BaseException) -> str:
     """Returns the kind and the first words of an error in one line."""
     words = re.sub(r"\s+", " ", str(error)).strip()
     return f"{type(error).__name__}: {words[:300]}"
+
+
+def _how() -> str:
+    """Tells how a kernel comes into use."""
+    proof = "`python -m benchmarks.chip` proves it"
+    if jax.process_count() > 1:
+        return f"{proof}; a job of several processes then has to name it in compute.attention"
+    return proof
 
 
 @functools.cache

@@ -124,8 +124,9 @@ def _own_gradient(rows, own, bounds, options):
     B, U = source.lo.shape
     G = rows[0].shape[3]
     start = cut.keys * np.arange(pl.cdiv(U, cut.keys))
-    sees = source.lo[:, None] < start[:, None] + cut.keys
-    until = jnp.max(source.hi[:, None], axis=2, where=sees, initial=0)
+    begins_before_end = source.lo[:, None] < start[:, None] + cut.keys
+    # hi grows along a sequence, so the last of these rows has the largest.
+    until = jnp.max(source.hi[:, None], axis=2, where=begins_before_end, initial=0)
     first = jnp.broadcast_to(jnp.int32(start * G // cut.rows), (B, len(start)))
     source = source._replace(first=first, last=pl.cdiv(until * G, cut.rows))
     like_own = source.k, source.v
