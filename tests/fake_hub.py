@@ -13,6 +13,8 @@ COMMIT = "c" * 40
 REFUSED = {
     "me/gated": (403, "GatedRepo"),
     "me/absent": (404, "RepoNotFound"),
+    "me/closed": (403, ""),  # a token that may not read it
+    "me/gone": (410, ""),
 }
 ABOUT = re.compile(r"/api/(?:models|datasets)/(\w+/\w+)(?:/(\w[\w-]*)/(\w+)/?(.*))?")
 FILE = re.compile(r"(?:/datasets)?/(\w+/\w+)/resolve/(\w+)/(.+)")

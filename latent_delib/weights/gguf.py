@@ -30,6 +30,8 @@ STRING, ARRAY = 8, 9  # the other types
 MOST = 1 << 22  # entries of a list; the largest vocabularies have a quarter of a million pieces
 CHUNK = 1 << 22  # elements dequantised at a time; meanwhile each takes several float32
 ROPE_FREQS = "rope_freqs.weight"
+TABLE = "token_embd.weight"
+HEAD = "output.weight"
 # Our field -> the key that holds it, after the name of the architecture.
 KEYS = {
     "num_layers": "block_count",
@@ -169,6 +171,20 @@ class GGUF:
                 )
             self.tensors[name] = info._replace(begin=begin)
 
+    def are_same(self, one: str, other: str) -> bool:
+        """Tells whether two tensors have the same shape, type and bytes."""
+        a, b = self.tensors[one], self.tensors[other]
+        if a._replace(begin=0) != b._replace(begin=0):
+            return False
+        with open(self.path, "rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        for first in range(0, a.num_bytes, CHUNK):
+            count = min(CHUNK, a.num_bytes - first)
+            x, y = (data[info.begin + first : info.begin + first + count] for info in (a, b))
+            if x != y:
+                return False
+        return True
+
     def dtype(self, name: str) -> np.dtype:
         """Returns the dtype that `read` returns: bfloat16 for tensors stored so, else float32."""
         is_bfloat16 = self.tensors[name].type.name == "BF16"
@@ -214,6 +230,8 @@ def open_source(path: Path) -> Source:
         raise UserError(f"{path}: is one of {parts} files; join them by `llama-gguf-split --merge`")
     config = architecture(file)
     shapes = {name: info.shape for name, info in file.tensors.items() if name != ROPE_FREQS}
+    if not config.untied_head:
+        shapes.pop(HEAD, None)
     return Source(
         where=str(path),
         form="gguf",
@@ -265,9 +283,10 @@ def architecture(file: GGUF) -> TransformerConfig:
         fields.setdefault("local_rope_base", fields["rope_base"])
     # Stored as float32; the decimal number that it was made from has few digits.
     fields["norm_eps"] = float(f"{get(norm, float):.6g}")
-    table = file.tensors.get("token_embd.weight")
+    table = file.tensors.get(TABLE)
     fields["vocab_size"] = table.shape[0] if table else 1
-    fields["untied_head"] = "output.weight" in file.tensors
+    is_written_twice = {TABLE, HEAD} <= file.tensors.keys() and file.are_same(TABLE, HEAD)  # GPT-2
+    fields["untied_head"] = HEAD in file.tensors and not is_written_twice
     scaling = get("rope.scaling.type", str, "none")
     supported = ("none",) if kind == "gemma2" else ("none", "linear")  # not for local layers
     if scaling not in supported:

@@ -129,7 +129,9 @@ def _write_sentencepiece(keys: Mapping[str, Any], vocabulary: _Vocabulary, folde
     ids, types, special = vocabulary
     model = sentencepiece_model_pb2.ModelProto()
     for token, score, kind in zip(ids, keys["scores"], types, strict=True):
-        model.pieces.add(piece=token, score=score, type=kind)
+        # llama.cpp's converter spells spaces of user-defined pieces as spaces (Gemma has some).
+        piece = token.replace(" ", "\u2581") if kind == _USER_DEFINED else token
+        model.pieces.add(piece=piece, score=score, type=kind)
         if kind == _UNKNOWN:
             special["unk"] = token
     if "unk" not in special:

@@ -4,11 +4,12 @@ A model is downloaded once, to the Hub's own cache (HF_HOME), and is found there
 afterwards. HF_TOKEN gives access to private and gated models.
 """
 
+import errno
 import functools
 import re
 from pathlib import Path
 
-from latent_delib.errors import UserError, reason, store_error
+from latent_delib.errors import NO_ANSWER_STATUS, Outage, UserError, reason, store_error
 
 PREFIX = "hf:"
 NAME = re.compile(rf"{PREFIX}([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
@@ -22,9 +23,9 @@ def download(path: str) -> Path:
     The Hub is asked once per name, so a process uses one revision.
 
     Raises:
-      UserError: the name has another form; there is no such model; or the Hub does not answer, and
-        the cache does not have the model.
-      OSError: the disk is full (Outage: a download broke off).
+      UserError: the name has another form; there is no such model; the Hub refuses; or it does not
+        answer, and the cache does not have the model.
+      OSError: the disk is full (Outage: the Hub is busy, or a download broke off).
     """
     if not path.startswith(PREFIX):
         return Path(path)
@@ -47,8 +48,20 @@ def download(path: str) -> Path:
         raise UserError(f"{path}: that model has no revision {revision!r}") from None
     except errors.HFValidationError as error:
         raise UserError(f"{path}: {reason(error)}") from None
-    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, ConnectionError):
-        raise UserError(f"{path}: not in the Hub's cache, and the Hub does not answer") from None
+    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, ConnectionError) as error:
+        raise _failure(path, error) from None
     except Exception as error:  # of the library's HTTP client, where a download breaks off
         raise store_error(error, path) or error from None
     return Path(folder)
+
+
+def _failure(path: str, error: Exception) -> UserError | OSError:
+    """Returns the error for a model that the Hub did not send."""
+    answer = getattr(error.__cause__ or error, "response", None)
+    status = getattr(answer, "status_code", None)
+    if status is None:
+        return UserError(f"{path}: not in the Hub's cache, and the Hub does not answer")
+    if str(status) in NO_ANSWER_STATUS:
+        return Outage(errno.ECONNABORTED, f"the Hub answers with status {status}", path)
+    remedy = "; check HF_TOKEN" if status in (401, 403) else ""
+    return UserError(f"{path}: the Hub answers with status {status}{remedy}")

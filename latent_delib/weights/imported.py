@@ -55,7 +55,8 @@ def check_vocabulary(source: Source, pieces: int) -> None:
     rows = source.architecture.vocab_size
     if pieces > rows:
         raise UserError(
-            f"{source.where}: its tokenizer has {pieces} pieces, its token table {rows} rows"
+            f"{source.where}: its tokenizer has {pieces} pieces, its token table {rows} rows; "
+            "`convert` takes another with --tokenizer=PATH"
         )
 
 

@@ -171,7 +171,7 @@ class Tensor:
     layer: number of the layer; None for leaves that are not stacked.
     name, shape: name and shape of the stored tensor.
     part: index of this leaf on axis i of the stored tensor; None where the tensor is one leaf.
-    theirs, ours: the axes of the stored tensor and of our leaf.
+    stored_axes, leaf_axes: the axes of the stored tensor and of our leaf.
     sizes: axis -> size.
     added: what the other form adds to each norm scale: GGUF stores Gemma's as 1 + scale.
     """
@@ -181,15 +181,15 @@ class Tensor:
     name: str
     shape: tuple[int, ...]
     part: int | None
-    theirs: str
-    ours: str
+    stored_axes: str
+    leaf_axes: str
     sizes: Mapping[str, int]
     added: float
 
     def to_ours(self, x: np.ndarray) -> np.ndarray:
         """Returns a stored tensor as our leaf, in its dtype."""
-        ours = self.ours if self.part is None else f"i {self.ours}"
-        x = self._rearranged(x, self.theirs, ours)
+        wanted = self.leaf_axes if self.part is None else f"i {self.leaf_axes}"
+        x = self._rearranged(x, self.stored_axes, wanted)
         if self.part is not None:
             x = x[self.part]
         return x - x.dtype.type(self.added) if self.added else x
@@ -197,8 +197,8 @@ class Tensor:
     def to_theirs(self, leaves: Sequence[np.ndarray]) -> np.ndarray:
         """Returns the tensor to store, made from this leaf or from all that it fuses, in order."""
         if self.part is None:
-            return self._rearranged(leaves[0], self.ours, self.theirs)
-        return self._rearranged(np.stack(leaves), f"i {self.ours}", self.theirs)
+            return self._rearranged(leaves[0], self.leaf_axes, self.stored_axes)
+        return self._rearranged(np.stack(leaves), f"i {self.leaf_axes}", self.stored_axes)
 
     def _rearranged(self, x: np.ndarray, before: str, after: str) -> np.ndarray:
         # einops must be told the sizes of the axes in brackets.
@@ -221,21 +221,21 @@ def tensors(config: TransformerConfig, form: str) -> Iterator[Tensor]:
     sizes |= dict(P=c.learned_positions, h=c.head_dim // 2, c=2)
     prefixes = GPT2_LAYER if family(c) == "gpt2" else LAYER
     for leaf, names in rows(c).items():
-        name, theirs, ours = _columns(c, form, leaf, names)
-        part = re.fullmatch(r"(.*)\[(\d)/(\d)\]", name)
-        own_sizes = sizes | {"i": int(part[3])} if part else sizes
-        groups = re.findall(r"\([^)]*\)|\w", theirs)
+        stored_name, stored_axes, leaf_axes = _columns(c, form, leaf, names)
+        in_one = re.fullmatch(r"(.*)\[(\d)/(\d)\]", stored_name)
+        own_sizes = sizes | {"i": int(in_one[3])} if in_one else sizes
+        groups = re.findall(r"\([^)]*\)|\w", stored_axes)
         shape = []
         for group in groups:
             shape.append(math.prod(own_sizes[axis] for axis in group.strip("()").split()))
         tensor = Tensor(
             leaf=leaf,
             layer=None,
-            name=part[1] if part else name,
+            name=in_one[1] if in_one else stored_name,
             shape=tuple(shape),
-            part=int(part[2]) if part else None,
-            theirs=theirs,
-            ours=ours,
+            part=int(in_one[2]) if in_one else None,
+            stored_axes=stored_axes,
+            leaf_axes=leaf_axes,
             sizes=own_sizes,
             added=c.norm_offset if form == "gguf" and leaf.endswith(".scale") else 0.0,
         )
@@ -249,16 +249,16 @@ def tensors(config: TransformerConfig, form: str) -> Iterator[Tensor]:
 
 def _columns(c: TransformerConfig, form: str, leaf: str, names: Names) -> tuple[str, str, str]:
     """Returns a leaf's name in a form, the axes that it has there, and those that it has here."""
-    name, _, theirs = getattr(names, form).partition(" ")
+    name, _, axes = getattr(names, form).partition(" ")
     if form == "gguf" and family(c) == "llama" and leaf in ("layers.attn.q", "layers.attn.k"):
-        # GGUF's Llama has rotary pairs as neighbours, (0, 1), (2, 3), ...; others as two halves of
-        # a head.
-        return name, theirs.replace("H", "h c"), names.ours.replace("H", "(c h)")
+        # GGUF's Llama has rotary pairs as neighbours, (0, 1), (2, 3), ...: H is h pairs of c = 2
+        # there. Others have them as two halves of a head: H is c halves of h.
+        return name, axes.replace("H", "h c"), names.ours.replace("H", "(c h)")
     is_qkv = re.fullmatch(r"layers\.attn\.[qkv]", leaf)
     if form == "deepmind" and is_qkv and c.num_heads == c.num_kv_heads:  # fused in one tensor
         name = f"attn/qkv_einsum[{'qkv'.index(leaf[-1])}/3]"
-        return name, f"i {theirs.removeprefix('i ')}", names.ours
-    return name, theirs, names.ours
+        return name, f"i {axes.removeprefix('i ')}", names.ours
+    return name, axes, names.ours
 
 
 def fused(found: Iterable[Tensor]) -> dict[str, list[Tensor]]:

@@ -84,6 +84,8 @@ def write(path, family, tokenizer_path, quantise=None, changed=None, scaling=Non
         if ".c_" in name:  # Conv1D's are transposed
             w = w.T
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if family == "gpt2" and theirs == "token_embd.weight":  # the converter writes it twice
+            writer.add_tensor("output.weight", w)
         kind = quantise(theirs) if quantise else Type.F32
         if kind == Type.F32 or w.ndim == 1:
             writer.add_tensor(theirs, w)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -47,12 +48,15 @@ def test_models_are_fetched_once_and_stay(tmp_path):
         there = environment(server, tmp_path / "cache")
         names = ("hf:me/decoder", "hf:me/decoder@other", "hf:me/gated", "hf:me/absent")
         names += ("hf:me/theirs",)  # in Hugging Face's form
+        names += ("hf:me/closed", "hf:me/gone")
         found = ask(*names, **there)
         assert found[0] == expected
         assert found[1] == "hf:me/decoder@other: that model has no revision 'other'"
         assert "accept its terms" in found[2] and "HF_TOKEN" in found[2]
         assert found[3].startswith("hf:me/absent: no such model")
         assert found[4] == expected
+        assert found[5] == "hf:me/closed: the Hub answers with status 403; check HF_TOKEN"
+        assert found[6] == "hf:me/gone: the Hub answers with status 410"
         assert "model.safetensors" in server.asked
         assert "pytorch_model.bin" not in server.asked
     found = ask("hf:me/decoder", "hf:me/another", **there, HF_HUB_OFFLINE="1")
@@ -85,6 +89,19 @@ def test_a_download_that_breaks_off(name, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(Outage, match="in the middle"):
         hub.download("hf:me/decoder")
+
+
+def test_a_hub_that_is_busy(monkeypatch):
+    import huggingface_hub
+
+    def fail(*_, **options):
+        cause = ConnectionError("too many requests")
+        cause.response = types.SimpleNamespace(status_code=429)
+        raise huggingface_hub.errors.LocalEntryNotFoundError("not in the cache") from cause
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(Outage, match="the Hub answers with status 429"):
+        hub.download("hf:me/decoder_of_a_busy_hub")
 
 
 def test_a_process_uses_one_revision(monkeypatch):
