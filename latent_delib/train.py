@@ -46,13 +46,13 @@ from latent_delib.job.export import export_decoder
 from latent_delib.job.metrics import Metrics
 from latent_delib.job.plan import Plan
 from latent_delib.job.record import Record
-from latent_delib.job.validation import Validation
+from latent_delib.job.validation import Validation, read_held_out
 from latent_delib.machine import commands, distributed, files
 from latent_delib.machine.checkpoint import Checkpoints, Restored
 from latent_delib.machine.command_line import CONFIG, REQUIRED
 from latent_delib.machine.stopping import Stop, graceful_stop
 from latent_delib.machine.workdir import exclusive, is_remote
-from latent_delib.measure.answers import Answers
+from latent_delib.measure.answers import Answers, read_questions
 from latent_delib.nn.transformer import Params
 
 MORE_MEMORY = (
@@ -108,6 +108,7 @@ def train(config: ConfigDict, workdir: str, ctrl_c: bool = False) -> int:
         batches.check(config.data, "validation")
     check_steps(config)
     exp = experiment.read(config)
+    planning.check_dtype(exp)
     with exclusive(workdir), graceful_stop(ctrl_c) as stop, device_memory(MORE_MEMORY):
         return run(exp, workdir, stop)
 
@@ -136,13 +137,17 @@ def run(exp: Experiment, workdir: str, stop: Stop) -> int:
     loader = text.batches(
         batch_size=t.batch_size, seed=exp.config.seed, rows=rows, start_step=first
     )
+    held_out_batches = read_held_out(exp) if t.validate_every else []
+    asked = read_questions(exp) if t.validate_every else []
     state, frozen = place_state(exp, plan, found)
 
     # Compile.
     metrics = Metrics(exp, workdir, first, plan.optimizer.learning_rate)
     began = time.perf_counter()
-    validation = Validation(exp, plan, frozen, state.trainable) if t.validate_every else None
-    answers = Answers(exp, frozen) if t.validate_every else None
+    validation = answers = None
+    if t.validate_every:
+        validation = Validation(exp, plan, held_out_batches, frozen, state.trainable)
+        answers = Answers(exp, asked, frozen)
     train_step = planning.compile_step(exp, plan)
     say(f"compiled in {time.perf_counter() - began:.1f} s")
 

@@ -13,7 +13,7 @@ from latent_delib import evaluate, prepare, train
 from latent_delib.errors import UserError
 from latent_delib.job import experiment
 from latent_delib.job import plan as planning
-from latent_delib.job.validation import Validation
+from latent_delib.job.validation import Validation, read_held_out
 from latent_delib.nn.sizes import SIZES
 
 WORDS = ("cat", "sat", "mat", "dog", "ran", "door", "rain", "fell", "green", "hills")
@@ -75,7 +75,8 @@ def test_it_learns_and_is_validated(make, distilled):
     figures = {}
     for distill in (0.25, 0.5, 0.75):
         one = experiment.read(make({"method.distill": distill}))
-        validation = Validation(one, planning.make(one), frozen, state.trainable)
+        rows = read_held_out(one)
+        validation = Validation(one, planning.make(one), rows, frozen, state.trainable)
         figures[distill] = validation(state.trainable)
     for name in FIGURES:
         low, middle, high = (figures[distill][name] for distill in figures)

@@ -191,7 +191,7 @@ def test_table_names_every_parameter_once():
         *((dtype, {"tensor": 2}) for dtype in DTYPES),  # nothing to gather
         *((dtype, {"data": 2}) for dtype in DTYPES),
         *((dtype, {"data": 2, "fsdp": 2, "traces": 2}) for dtype in DTYPES),
-        # in bfloat16 `plan.compile_step` refuses it on CPUs
+        # in bfloat16 `plan.check_dtype` refuses it on CPUs
         (jnp.float32, {"data": 2, "fsdp": 2, "tensor": 2}),
     ],
 )

@@ -140,7 +140,7 @@ def test_training_begins_with_all_that_another_run_has_trained(job, make_config)
     L = config.method.num_latents
     more = {"method.num_latents": L + 1}
     if "lora" in variant:
-        said = "a decoder's adapters are added|method.lora_rank is 2 there, 0 here"
+        said = "a decoder's adapters are added|method.lora_rank is 2 there, expected 0"
         with pytest.raises(UserError, match=said):
             begun(make_config(start))
         return

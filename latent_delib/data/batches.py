@@ -13,6 +13,7 @@ from latent_delib.data.tokenizer import fingerprint as fingerprint_of_tokenizer
 from latent_delib.errors import UserError
 
 SPREAD = 16  # one row of held-out text is taken out of this many
+MOST_READ = 16_384  # rows of held-out text at most, or as many as are asked for
 
 
 def check(data: Any, field: str) -> None:
@@ -131,7 +132,7 @@ def validation_rows(data: Any, *, tokenizer_path: str, count: int) -> dict[str, 
     """Returns rows of held-out text, always the same rows, packed as training rows are.
 
     Each source of `data.validation` gives an equal share of the rows, evenly spaced over its
-    beginning. At most SPREAD times as many rows are read, so little of a large source is read.
+    beginning: one out of SPREAD, or more where that would read more than MOST_READ rows in all.
     Each source may have `data.max_bad_records` bad records.
 
     Args:
@@ -146,6 +147,7 @@ def validation_rows(data: Any, *, tokenizer_path: str, count: int) -> dict[str, 
       UserError: sources are missing, empty or do not fit `data`.
     """
     tokenizer = Tokenizer(tokenizer_path)
+    spread = max(1, min(SPREAD, MOST_READ // count))
     share, more = divmod(count, len(data.validation))
     shares = [share + (number < more) for number in range(len(data.validation))]
     taken: list[np.ndarray] = []
@@ -158,7 +160,7 @@ def validation_rows(data: Any, *, tokenizer_path: str, count: int) -> dict[str, 
             pad_id=tokenizer.pad_id,
             whole=has_questions(source),
         )
-        found = list(itertools.islice(itertools.chain.from_iterable(parts), SPREAD * share))
+        found = list(itertools.islice(itertools.chain.from_iterable(parts), spread * share))
         stride = max(1, len(found) // max(1, share))
         taken += found[::stride][:share]
     if not taken:

@@ -155,6 +155,8 @@ def encode(
 def parted(tokens: list[int], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """Divides tokens that `encode` made; returns those of the prompt and those of the reply.
 
+    A question may hold PROMPT_END itself. The prompt ends at the first one that one line follows.
+
     Raises:
       UserError: the tokens have another form.
     """

@@ -7,10 +7,13 @@ ends with padding. Questions are kept whole: then any row may end with padding, 
 longer than a row loses its end.
 """
 
+import atexit
 import collections
+import contextlib
 import itertools
 import threading
-from collections.abc import Callable, Iterable, Iterator
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -191,8 +194,12 @@ def grouped(items: Iterable, size: int) -> Iterator[list]:
 def map_in_threads(function: Callable, items: Iterable, threads: int, count: int) -> Iterator:
     """Yields function(item) of each item, in order.
 
-    Meanwhile threads work on the next `count` items.
+    Meanwhile threads work on the next `count` - 1 items.
     """
+    return closed_at_exit(_map_in_threads(function, items, threads, count))
+
+
+def _map_in_threads(function: Callable, items: Iterable, threads: int, count: int) -> Generator:
     pool = ThreadPoolExecutor(threads)
     pending = collections.deque()
     try:
@@ -204,3 +211,23 @@ def map_in_threads(function: Callable, items: Iterable, threads: int, count: int
             yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+_OPEN: weakref.WeakSet[Generator] = weakref.WeakSet()
+
+
+def closed_at_exit(generator: Generator) -> Generator:
+    """Returns a generator, which is closed before Python shuts down: then its threads can end."""
+    _OPEN.add(generator)
+    return generator
+
+
+@atexit.register
+def _close() -> None:
+    while True:
+        try:
+            generator = _OPEN.pop()  # another thread may add some meanwhile
+        except KeyError:
+            return
+        with contextlib.suppress(ValueError):  # it is at work, in another thread
+            generator.close()

@@ -3,25 +3,19 @@
 This module imports TensorFlow. So it is imported only where training reads text, not token files.
 """
 
-import atexit
-import contextlib
-import errno
 import hashlib
 import itertools
-import re
-import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import numpy as np
 
 from latent_delib.data import text
-from latent_delib.data.rows import BadRecords, packed, segments
+from latent_delib.data.rows import BadRecords, closed_at_exit, packed, segments
 from latent_delib.data.sources import has_questions
 from latent_delib.data.text import Reader
-from latent_delib.data.text_files import reading
 from latent_delib.data.tokenizer import Tokenizer
-from latent_delib.errors import Outage, UserError, extra
+from latent_delib.errors import extra
 
 with extra("seqio", ", up to Python 3.13; or run prepare first, which needs none of it"):
     from latent_delib.data.tensorflow import quiet, tf
@@ -39,16 +33,16 @@ def endless_documents(
 ) -> Iterator[np.ndarray]:
     """Yields the tokens of a source's documents, epoch after epoch, int32 [n] without BOS.
 
-    Each epoch has the parts of the source in another order, decided by `key`. Only where one part
-    is open at a time (see `Reader.cycle`) the order stays: there the parts may be divided otherwise
-    on another machine.
+    Each epoch has the parts of the source in another order, decided by `key`; within a part the
+    order stays. Where one part is open at a time (see `Reader.cycle`), the parts keep their order
+    too: they may be divided otherwise on another machine.
     """
     for epoch in itertools.count():
         parts = reader.parts
         if reader.cycle > 1:
             order = sorted(range(len(parts)), key=lambda i: _hash(*key, epoch, i))
             parts = [parts[i] for i in order]
-        for document in text.documents(reader, str(tokenizer.path), bad, parts):
+        for document in text.documents(reader, tokenizer, bad, parts):
             yield document.tokens
 
 
@@ -57,11 +51,18 @@ def _hash(*key: int) -> bytes:
 
 
 def make_task(
-    reader: Reader, tokenizer: Tokenizer, length: int, bad: BadRecords, seed: int, number: int = 0
+    reader: Reader,
+    tokenizer: Tokenizer,
+    length: int,
+    bad: BadRecords,
+    failed: list[Exception],
+    seed: int,
+    number: int = 0,
 ) -> seqio.Task:
     """Makes the task of a source: its packed rows without end, {"tokens": int32 [length]}.
 
     Args:
+      failed: gets the error that ends the rows. TensorFlow raises another one in its place.
       seed, number: the seed of the job and the source's place in it, which decide the order.
     """
 
@@ -73,8 +74,12 @@ def make_task(
             pad_id=tokenizer.pad_id,
             whole=has_questions(reader.source),
         )
-        for row in itertools.chain.from_iterable(found):
-            yield {"tokens": row}
+        try:
+            for row in itertools.chain.from_iterable(found):
+                yield {"tokens": row}
+        except Exception as error:
+            failed.append(error)
+            raise
 
     def dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
         del split, shuffle_files, seed  # the parts are in order already; seqio shuffles the rows
@@ -117,9 +122,10 @@ class Training:
         """Returns batches without end, as `batches.Training` does."""
         data, tokenizer = self.data, self.tokenizer
         bad = BadRecords(data.max_bad_records)
-        text.check_texts(self.readers, str(tokenizer.path), bad)
+        failed: list[Exception] = []
+        text.check_texts(self.readers, tokenizer, bad)
         tasks = [
-            make_task(reader, tokenizer, data.seq_len, bad, seed, number)
+            make_task(reader, tokenizer, data.seq_len, bad, failed, seed, number)
             for number, reader in enumerate(self.readers)
         ]
         mixture = seqio.Mixture("mixture", list(zip(tasks, data.weights, strict=True)))
@@ -132,32 +138,18 @@ class Training:
             segment = segments(tokens, tokenizer.bos_id, tokenizer.pad_id)
             return {"tokens": tokens, "segment": segment}
 
-        elements = _elements(dataset.batch(batch_size).prefetch(2), data.sources)
-        _OPEN.add(elements)
+        # At exit, TensorFlow would wait for its threads for ever.
+        elements = closed_at_exit(_elements(dataset.batch(batch_size).prefetch(2), failed))
         return (own_rows(element) for element in itertools.islice(elements, start_step, None))
 
 
-_OPEN: weakref.WeakSet = weakref.WeakSet()  # generators of `_elements`
-
-
-@atexit.register
-def _close() -> None:
-    """Ends TensorFlow's threads while Python still runs: later they would wait for it for ever."""
-    for elements in list(_OPEN):
-        with contextlib.suppress(ValueError):  # it is at work, in another thread
-            elements.close()
-
-
-def _elements(dataset: tf.data.Dataset, sources: Iterable[str]) -> Iterator[dict[str, np.ndarray]]:
-    """Yields the elements of a dataset. Raises UserError for a file that vanished or is damaged."""
+def _elements(
+    dataset: tf.data.Dataset, failed: list[Exception]
+) -> Generator[dict[str, np.ndarray]]:
+    """Yields the elements of a dataset. Raises the error in `failed` that ended its rows."""
     try:
-        with reading(sources):
-            yield from dataset.as_numpy_iterator()
-    except tf.errors.OpError as error:  # TensorFlow keeps one line of an error that ours raised
-        told = re.search(r"\b(UserError|Outage): (.*)", error.message)
-        if told is None:
-            raise
-        kind, line = told.groups()
-        if kind == "Outage":
-            raise Outage(errno.ECONNABORTED, line, ", ".join(sources)) from None
-        raise UserError(line) from None
+        yield from dataset.as_numpy_iterator()
+    except tf.errors.OpError:
+        if failed:
+            raise failed[0] from None
+        raise

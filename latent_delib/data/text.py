@@ -133,14 +133,13 @@ def tokens_of(reader: Reader, text: Text, tokenizer: Tokenizer) -> tuple[np.ndar
 
 
 def documents(
-    reader: Reader, tokenizer_path: str, bad: BadRecords, parts: Iterable[str] | None = None
+    reader: Reader, tokenizer: Tokenizer, bad: BadRecords, parts: Iterable[str] | None = None
 ) -> Iterator[Document]:
     """Yields every good document of a source once, in a fixed order: that of `texts`.
 
     Raises:
       UserError: the source has no good document, or one bad document too many.
     """
-    tokenizer = Tokenizer(tokenizer_path)
 
     def encoded(group: list[Text]) -> list[tuple[Text, np.ndarray, str]]:
         return [(text, *tokens_of(reader, text, tokenizer)) for text in group]
@@ -159,10 +158,10 @@ def documents(
         raise UserError(f"config.data: source {reader.source!r} holds no text")
 
 
-def check_texts(readers: Iterable[Reader], tokenizer_path: str, bad: BadRecords) -> None:
+def check_texts(readers: Iterable[Reader], tokenizer: Tokenizer, bad: BadRecords) -> None:
     """Reads each source up to its first good document. Raises UserError if a source has none."""
     for reader in readers:
-        next(documents(reader, tokenizer_path, bad))
+        next(documents(reader, tokenizer, bad))
 
 
 def validation_documents(
@@ -170,7 +169,8 @@ def validation_documents(
 ) -> Iterator[Document]:
     """Implements `batches.validation_documents` for text."""
     bad = BadRecords(data.max_bad_records)
+    tokenizer = Tokenizer(tokenizer_path)
     readers = list(map(open_source, sources))
-    check_texts(readers, tokenizer_path, bad)
-    of_each = (documents(reader, tokenizer_path, bad) for reader in readers)
+    check_texts(readers, tokenizer, bad)
+    of_each = (documents(reader, tokenizer, bad) for reader in readers)
     return itertools.chain.from_iterable(of_each)

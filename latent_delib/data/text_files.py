@@ -119,7 +119,7 @@ def _cause(error: Exception) -> str:
     # TensorFlow's message names file and fault among parts of the pipeline.
     cause = getattr(error, "message", reason(error))
     cause = cause.partition("\n")[0].partition(" [Op:")[0]
-    return re.sub(r"\{\{.*?\}\} |Error in user-defined function .* Iterator::\S+: ", "", cause)
+    return re.sub(r"\{\{.*?\}\} ", "", cause)
 
 
 def bytes_of_files(source: str, paths: Iterable[str]) -> int:

@@ -20,9 +20,10 @@ _READ = 256  # records that are read at once
 
 
 class TfdsDataset:
-    """Implements `text.Reader` for a split of a TFDS dataset: `parts` has the paths of its files.
+    """Implements `text.Reader` for a split of a TFDS dataset.
 
-    `cycle` is 1 where the order of records matters.
+    `parts` has the paths of its files and, where a slice begins inside a file, the number of
+    records before it. `cycle` is 1 where the order of records matters.
 
     Raises:
       UserError: there is no such dataset, split, slice of the split or text feature.
@@ -38,11 +39,15 @@ class TfdsDataset:
             parts = self.info.splits[meant.split].file_instructions
         except ValueError as error:  # for example, a slice begins after the last record
             raise UserError(f"config.data: source {source!r}: {reason(error)}") from None
-        self.files = {part.filename: part for part in parts}
+        self.files = {}
+        for part in parts:
+            after = f" after record {part.skip}" if part.skip else ""
+            self.files[part.filename + after] = part
+        self.paths = [part.filename for part in parts]
         self.parts = list(self.files)
         self.cycle = 1 if self.info.disable_shuffling else CYCLE
 
-    def contents(self, path: str) -> Iterator[bytes]:
+    def contents(self, part: str) -> Iterator[bytes]:
         """Yields the texts of one file. Raises UserError if the file is lost or damaged."""
         features = {name: self.info.features[name] for name in self.features}
         features = tfds.features.FeaturesDict(features)  # no other feature is decoded
@@ -50,21 +55,21 @@ class TfdsDataset:
         read = _array_records
         if self.info.file_format.value == "tfrecord":
             read = _tfrecords
-        with reading([path]):
-            for record in read(self.files[path]):
+        with reading([part]):
+            for record in read(self.files[part]):
                 found = features.deserialize_example_np(record)
                 values = [found[name] for name in self.features]
                 yield questions.line_of(*map(_text, values)) if asks else values[0]
 
-    def work(self, path: str) -> str:
+    def work(self, part: str) -> str:
         return ""  # each record is a work of its own
 
     def num_bytes(self) -> int:
-        return bytes_of_files(self.source, self.parts)
+        return bytes_of_files(self.source, self.paths)
 
     def fingerprint(self) -> str:
         """Returns a digest of all files, which does not depend on their folder."""
-        return digest_of_files(self.source, self.source, self.parts)
+        return digest_of_files(self.source, self.source, self.paths)
 
 
 def _find(source: str, meant: Tfds) -> tfds.core.DatasetBuilder:

@@ -1,7 +1,8 @@
 """Compiles a job's step for this machine or for a TPU slice, and prints its needs.
 
 The compiler for TPUs runs on any machine (`./launch/setup.sh tpu`). It reports the memory of the
-same program that the slice would run.
+same program that the slice would run, if the job has the same form of attention: where a slice is
+not attached, `auto` is its kernel (`nn.attention.choice`).
 """
 
 import json
@@ -53,10 +54,12 @@ def dry_run(config: ConfigDict, workdir: str, topology: str = "") -> dict[str, A
         "chip": exp.mesh.devices.flat[0].device_kind,
         "chips": exp.mesh.size,
         "mesh": dict(exp.mesh.shape),
+        "attention": exp.aug.transformer.form,
         "compile_seconds": time.perf_counter() - began,
         **needs(exp, plan, compiled),
     }
     print(show(result), flush=True)
+    print(note_on_attention(exp, topology), end="", flush=True)
     text = json.dumps(result | {"config": exp.record.config}, indent=2)
     files.write(epath.Path(workdir) / "dry_run.json", f"{text}\n".encode())
     return result
@@ -161,6 +164,17 @@ def held(exp: Experiment, plan: Plan) -> dict[str, float]:
         "token table, gathered": gathered,
         "cache of the text": cache,
     }
+
+
+def note_on_attention(exp: Experiment, topology: str) -> str:
+    """Returns a line on the form of attention that was compiled for a slice; "" if none is due."""
+    form = exp.aug.transformer.form
+    if not topology or form == "xla" or exp.config.compute.attention != "auto":
+        return ""
+    return (
+        f"compiled with attention {form}: with config.compute.attention=auto a job takes it only "
+        "where it is proven, and else xla; to be sure, name one of the two\n"
+    )
 
 
 def _per_chip(tree: Any, dtype: Any = None) -> float:

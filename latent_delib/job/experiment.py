@@ -202,13 +202,13 @@ def _check_splits(
     config: ConfigDict, mesh: Mesh, architecture: TransformerConfig, owner: str
 ) -> None:
     """Raises UserError for heads, features or traces that the mesh does not divide."""
-    positions = min(config.evaluate.positions, config.evaluate.max_length)
+    at_once = min(("positions", "max_length"), key=config.evaluate.get)
     for axis, key, length in (
         ("heads", f"{owner}'s num_heads", architecture.num_heads),
         ("heads", f"{owner}'s num_kv_heads", architecture.num_kv_heads),
         ("ffn", f"{owner}'s ffn_dim", architecture.ffn_dim),
         ("traces", "config.method.num_traces", config.method.num_traces),
-        ("traces", "config.evaluate.positions", positions),
+        ("traces", f"config.evaluate.{at_once}", config.evaluate[at_once]),
     ):
         if length % mesh_lib.shards(mesh, axis):
             setting = mesh_lib.setting(mesh, axis)

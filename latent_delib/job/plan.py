@@ -90,8 +90,14 @@ def compile_step(exp: Experiment, plan: Plan) -> jax.stages.Compiled:
     """Compiles the step for the devices of the mesh.
 
     Raises:
-      UserError: bfloat16 on CPUs with a tensor axis among other axes; XLA aborts on this.
+      UserError: as `check_dtype`.
     """
+    check_dtype(exp)
+    return plan.step.lower(plan.state, plan.frozen, plan.batch).compile()
+
+
+def check_dtype(exp: Experiment) -> None:
+    """Raises UserError for bfloat16 on CPUs with a tensor axis among others: XLA aborts on it."""
     heads = mesh_lib.shards(exp.mesh, "heads")
     on_cpus = exp.mesh.devices.flat[0].platform == "cpu"
     if on_cpus and exp.dtype == jnp.bfloat16 and exp.mesh.size > heads > 1:
@@ -100,7 +106,6 @@ def compile_step(exp: Experiment, plan: Plan) -> jax.stages.Compiled:
             f"config.compute.dtype=bfloat16 with {setting}: XLA's compiler for CPUs aborts on it; "
             "expected float32, or config.mesh.tensor=1"
         )
-    return plan.step.lower(plan.state, plan.frozen, plan.batch).compile()
 
 
 def shardings_of(tree: Any) -> Any:

@@ -54,7 +54,8 @@ def prepare(config: Any, out: str) -> dict:
     if os.path.isfile(out) or (os.path.isdir(out) and os.listdir(out)):
         raise UserError(f"{out} exists and holds no finished token files; name another folder")
     bad = BadRecords(data.max_bad_records)
-    text.check_texts(readers.values(), tokenizer_path, bad)
+    tokenizer = Tokenizer(tokenizer_path)
+    text.check_texts(readers.values(), tokenizer, bad)
 
     # A store renames nothing, so only meta.json marks a folder on it as finished.
     whole = contextlib.nullcontext(out) if "://" in out else files.atomic_folder(Path(out))
@@ -64,7 +65,7 @@ def prepare(config: Any, out: str) -> dict:
                 reader = readers[entry["source"]]
                 skipped_before = bad.met.total()
                 progress = Progress(f"{reader.source}: prepared", reader.num_bytes(), "bytes")
-                documents = text.documents(reader, tokenizer_path, bad)
+                documents = text.documents(reader, tokenizer, bad)
                 documents = progress.over(documents, lambda document: document.num_bytes)
                 entry |= _write_source(str(directory), split, number, documents, meta)
                 entry["skipped"] = bad.met.total() - skipped_before

@@ -235,10 +235,12 @@ class Record:
         found = self.differences(other, purpose)
         if not found:
             return
-        listed = "; ".join(
-            f"{d.key} is {_short(d.key, d.there)} there, {_short(d.key, d.here)} here"
-            for d in found
-        )
+        lines = []
+        for d in found:
+            is_rule = purpose == "start" and d.key in WHOLE
+            here = f"expected {d.here!r}" if is_rule else f"{_short(d.key, d.here)} here"
+            lines.append(f"{d.key} is {_short(d.key, d.there)} there, {here}")
+        listed = "; ".join(lines)
         raise OtherRun(f"{where}: {listed}; {REMEDY[purpose]}")
 
     def _keys(self, other: "Record", purpose: str) -> Iterator[str]:

@@ -21,6 +21,8 @@ from latent_delib.nn.transformer import Params
 
 BATCHES = 8  # of `train.batch_size` rows
 
+Placed = list[tuple[dict[str, jax.Array], np.int32]]  # batches on the mesh, with their numbers
+
 
 class Validation:
     """Computes the mean loss of BATCHES batches of `data.validation`, always the same ones.
@@ -29,19 +31,21 @@ class Validation:
     a frozen decoder, the loss of that decoder on the same ahead tokens is computed once.
 
     Args:
+      held_out: the batches, from `read_held_out`.
       frozen, trainable: the job's parameters, on the mesh.
 
     Raises:
-      UserError: validation sources are missing, empty, not the same for all processes, or have
-        nothing to predict.
+      UserError: the batches have nothing to predict.
     """
 
-    def __init__(self, exp: Experiment, plan: Plan, frozen: Params, trainable: Params):
+    def __init__(
+        self, exp: Experiment, plan: Plan, held_out: Placed, frozen: Params, trainable: Params
+    ):
         t = exp.config.train
         self.every, self.steps = t.validate_every, t.steps
         self.prompt_end = exp.config.method.prompt_end
         self.frozen = frozen
-        self.batches = _place_batches(exp)
+        self.batches = held_out
         objective = planning.objective(exp)
         self.sums = _compile(exp, plan, plan.state.trainable, objective)
         self.without_latents: float | None = None
@@ -86,8 +90,12 @@ def _compile(exp: Experiment, plan: Plan, trainable: Params, objective: Objectiv
     return jitted.lower(trainable, plan.frozen, plan.batch, number).compile()
 
 
-def _place_batches(exp: Experiment) -> list[tuple[dict[str, jax.Array], np.int32]]:
-    """Returns the batches on the mesh, each with its number."""
+def read_held_out(exp: Experiment) -> Placed:
+    """Returns BATCHES batches of held-out text, each on the mesh and with its number.
+
+    Raises:
+      UserError: validation sources are missing, empty, or not the same for all processes.
+    """
     c = exp.config
     B = c.train.batch_size
     rows = batches.validation_rows(

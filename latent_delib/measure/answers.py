@@ -47,18 +47,14 @@ class Answers:
 
     Args:
       exp: the job's experiment.
+      asked: the questions, from `read_questions`.
       frozen: the frozen parameters, on the mesh.
-
-    Raises:
-      UserError: a source of questions is missing or empty; a question and its reply are longer than
-        a table of learned positions.
     """
 
-    def __init__(self, exp: Experiment, frozen: Params):
+    def __init__(self, exp: Experiment, asked: list[Asked], frozen: Params):
         self.exp = exp
+        self.asked = asked
         self.frozen = frozen
-        self.asked = _read(exp)
-        _check_lengths(self.asked, exp.aug.longest_text)
         self.decoder: dict[str, float] = {}
         trains_decoder = METHODS[exp.aug.method].trains_decoder
         if self.asked and exp.aug.writes_latents and not trains_decoder:
@@ -124,7 +120,13 @@ def _model(exp: Experiment, params: Params, has_latents: bool) -> AugmentedLM:
     )
 
 
-def _read(exp: Experiment) -> list[Asked]:
+def read_questions(exp: Experiment) -> list[Asked]:
+    """Returns the first NUM_QUESTIONS questions of each source; none to several processes.
+
+    Raises:
+      UserError: a source of questions is missing or empty; a question and its reply are longer than
+        a table of learned positions.
+    """
     data = exp.config.data
     named = [source for source in data.validation if sources.has_questions(source)]
     if named and jax.process_count() > 1:
@@ -147,4 +149,5 @@ def _read(exp: Experiment) -> list[Asked]:
             prompt, reply = questions.parted(tokens.tolist(), exp.tokenizer)
             answer = questions.answer_in(exp.tokenizer.decode(reply))
             asked.append(Asked([exp.tokenizer.bos_id, *prompt], reply, answer, room))
+    _check_lengths(asked, exp.aug.longest_text)
     return asked

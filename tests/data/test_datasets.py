@@ -115,7 +115,12 @@ def test_order_of_tfds_is_its_own(file_format, is_ordered, tmp_path, monkeypatch
         expected = tfds.data_source("notes", data_dir=tmp_path, split="train[10:300]")
     expected = [record["body"].decode() for record in expected]
     assert contents("tfds:notes:train[10:300]:body") == expected
-    assert len(reader.open_source("tfds:notes:train[10:300]:body").parts) > 10
+    parts = reader.open_source("tfds:notes:train[10:300]:body").parts
+    assert len(parts) > 10 and all(Path(part).is_file() for part in parts[1:-1])
+    # Else a bad record of each half would count as one where both have the same number.
+    halves = [reader.open_source(f"tfds:notes:train[{half}]:body") for half in (":30", "30:")]
+    assert not set(halves[0].parts) & set(halves[1].parts)
+    assert halves[0].num_bytes() > 0 < halves[1].num_bytes()
 
 
 WITHOUT_TENSORFLOW = """
@@ -281,7 +286,7 @@ def test_seqio_reads_what_the_reader_reads(kind, tokenizer_path, tmp_path, monke
     found = reader.open_source(source)
     path = str(tokenizer_path)
     bad = rows.BadRecords(0)
-    read = [document.tokens.tolist() for document in reader.documents(found, path, bad)]
+    read = [document.tokens.tolist() for document in reader.documents(found, Tokenizer(path), bad)]
     endless = tasks.endless_documents(found, Tokenizer(path), bad, (0, 0))
     shuffled = [tokens.tolist() for tokens in itertools.islice(endless, len(read))]
     assert sorted(shuffled) == sorted(read) and len(read) > 50

@@ -1,5 +1,6 @@
 """Unusable records, files that vanish, and the fingerprint of the data, on both routes."""
 
+import errno
 import itertools
 import json
 import re
@@ -213,6 +214,26 @@ def test_what_a_failed_read_of_text_is():
     assert isinstance(failed(tf.errors.InvalidArgumentError), tf.errors.InvalidArgumentError)
 
 
+def test_a_disk_that_fails_while_text_is_read(sources, tokenizer_path, monkeypatch):
+    """It stays an OSError on its way through TensorFlow."""
+    calls = []
+    encode = text.tokens_of
+
+    def fails_later(*args):
+        calls.append(args)
+        if len(calls) > 200:
+            raise OSError(errno.EIO, "Input/output error", "file")
+        return encode(*args)
+
+    monkeypatch.setattr(text, "tokens_of", fails_later)
+    data = make_data(sources["train"], "")
+    loader = batches.Training(data, str(tokenizer_path)).batches(batch_size=4, seed=0)
+    with pytest.raises(OSError, match="Input/output error") as error:
+        for _ in range(10_000):
+            next(loader)
+    assert error.value.errno == errno.EIO
+
+
 @pytest.fixture
 def bad_text(tmp_path):
     """Lines in two files of which two are not UTF-8."""
@@ -325,7 +346,7 @@ def test_text_that_vanishes_during_a_run_is_named(kind, tokenizer_path, tmp_path
 
 
 def test_a_store_that_fails_during_a_run_is_an_outage(tokenizer_path, tmp_path, monkeypatch):
-    """It is told through TensorFlow, which keeps no exception of the reader's."""
+    """TensorFlow, through which rows come, keeps no exception of the reader's."""
     (tmp_path / "1").write_text("the cat sat on a mat\n" * 300)
     data = make_data(f"lines:{tmp_path}/1")
     loader = batches.Training(data, str(tokenizer_path)).batches(batch_size=64, seed=0)

@@ -162,7 +162,9 @@ def test_questions_are_kept_whole(tmp_path, tokenizer, make_config):
 
     def of_seqio():
         made = text.open_source(source), tokenizer, 64, BadRecords(0)
-        rows = tasks.make_task(*made, seed=0).get_dataset({"tokens": 64}, "train", shuffle=False)
+        rows = tasks.make_task(*made, failed=[], seed=0).get_dataset(
+            {"tokens": 64}, "train", shuffle=False
+        )
         yield from (row["tokens"] for row in rows.take(30).as_numpy_iterator())
 
     def of_validation():
@@ -203,7 +205,7 @@ def test_a_source_of_questions(tmp_path, tokenizer):
     for kind, (with_steps, removed) in KINDS.items():
         reader = text.open_source(f"{kind}:{tmp_path}/*.jsonl")
         bad = []
-        found = list(text.documents(reader, str(tokenizer.path), bad.append))
+        found = list(text.documents(reader, tokenizer, bad.append))
         for document, answer in zip(found, ("7", "8"), strict=True):
             tokens, _ = questions.encode(line(answer=answer), with_steps, tokenizer, removed)
             assert document.tokens.tolist() == tokens.tolist() and document.work == ""

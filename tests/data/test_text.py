@@ -62,7 +62,7 @@ def decode(tokenizer, tokens):
 
 
 def documents(tokenizer, source):
-    found = reader.documents(reader.open_source(source), tokenizer, rows.BadRecords(0))
+    found = reader.documents(reader.open_source(source), Tokenizer(tokenizer), rows.BadRecords(0))
     return [document.tokens for document in found]
 
 
@@ -154,7 +154,7 @@ def test_rows_of_a_task_are_its_packed_documents(tasks, tokenizer, tmp_path):
     expected = rows.packed(epochs, length=T, bos_id=BOS, pad_id=PAD)
     expected = np.concatenate(list(expected)).tolist()[:-1]  # without the row that is not full
     made = reader.open_source(source), Tokenizer(tokenizer), T, rows.BadRecords(0)
-    found = rows_of_task(tasks.make_task(*made, seed=0), len(expected))
+    found = rows_of_task(tasks.make_task(*made, failed=[], seed=0), len(expected))
     assert found == expected and len(found) > 40
 
 
@@ -166,7 +166,7 @@ def test_each_epoch_reads_every_document_once(tasks, tokenizer, tmp_path):
         (tmp_path / f"{i:02}.txt").write_bytes(b"\r\n\f\n".join(content))
     source = reader.open_source(f"files:{tmp_path}/*")
     records = rows.BadRecords(999)
-    read = [d.tokens.tolist() for d in reader.documents(source, tokenizer, records)]
+    read = [d.tokens.tolist() for d in reader.documents(source, Tokenizer(tokenizer), records)]
     assert len(read) > 300 and len(records.met) > 10
 
     def epochs(*key):
@@ -402,7 +402,9 @@ def test_works_are_files_told_from_each_other(tokenizer, tmp_path):
         (tmp_path / name).write_text("A cat.\n\f\nA mat.\n")
 
     def works(source):
-        found = reader.documents(reader.open_source(source), tokenizer, rows.BadRecords(0))
+        found = reader.documents(
+            reader.open_source(source), Tokenizer(tokenizer), rows.BadRecords(0)
+        )
         return [document.work for document in found]
 
     assert works(f"files:{tmp_path}/*/a.txt") == ["one/a.txt"] * 2 + ["two/a.txt"] * 2

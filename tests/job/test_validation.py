@@ -16,7 +16,7 @@ from latent_delib.delib import augment, traces
 from latent_delib.errors import UserError
 from latent_delib.job import experiment, parameters
 from latent_delib.job import plan as planning
-from latent_delib.job.validation import BATCHES, Validation
+from latent_delib.job.validation import BATCHES, Validation, read_held_out
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
 FIGURES = ("validation_loss", "validation_loss_decoder")
@@ -103,7 +103,8 @@ def test_it_is_the_same_however_it_is_computed(make_config, validated, changes):
     plan = planning.make(exp)
     shardings = planning.shardings_of(plan.state.trainable)
     weights = jax.device_put(workdirs.weights_of(validated, 4), shardings)
-    validation = Validation(exp, plan, parameters.load_frozen(exp), weights)
+    frozen = parameters.load_frozen(exp)
+    validation = Validation(exp, plan, read_held_out(exp), frozen, weights)
     found = validation(weights)
     assert found == pytest.approx(figures_of(validated)[4], rel=1e-5)
 
@@ -138,7 +139,8 @@ def test_delays_and_other_methods(make_config):
         exp = experiment.read(make_config({"train.validate_every": 1} | changes))
         plan = planning.make(exp)
         state, frozen = train.place_state(exp, plan, None)
-        found = Validation(exp, plan, frozen, state.trainable)(state.trainable)
+        validation = Validation(exp, plan, read_held_out(exp), frozen, state.trainable)
+        found = validation(state.trainable)
         assert tuple(found) == names and all(map(np.isfinite, found.values()))
 
 
@@ -174,6 +176,12 @@ def test_the_rows(make_config, sources, tmp_path):
         tokenizer_path = str(experiment.read(config).tokenizer.path)
         both = batches.validation_rows(data, tokenizer_path=tokenizer_path, count=8)
     assert len(read) < 2000
+    read.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batches, "validation_documents", counted)
+        patch.setattr(batches, "MOST_READ", 16)
+        batches.validation_rows(data, tokenizer_path=tokenizer_path, count=8)
+    assert len(read) < 250, "at most 16 rows"
     of_text = rows_of(make_config({"data.token_files": ""}), 4)["tokens"]
     assert np.array_equal(both["tokens"][4:], of_text)
     assert not np.array_equal(both["tokens"][:4], of_text)
@@ -224,3 +232,15 @@ def test_the_loss_without_latents_is_of_the_same_tokens(make_config):
 
     (loss, count), (plain, same) = sums(exp.aug), sums(exp.aug.without_latents)
     assert loss != plain and count == same > 0
+
+
+def test_text_that_is_missing_is_refused_before_weights_are_loaded(
+    make_config, sources, tmp_path, monkeypatch
+):
+    config = make_config({"train.validate_every": 1})
+    prepare.prepare(config, str(tmp_path / "tokens"))
+    config.data.token_files = str(tmp_path / "tokens")
+    config.data.validation = (f"{sources['validation']}x",)
+    monkeypatch.delattr(train, "place_state")
+    with pytest.raises(UserError, match=r"source '.*x' is not in .*tokens"):
+        train.train(config, str(tmp_path / "run"))

@@ -15,7 +15,7 @@ from latent_delib.errors import UserError
 from latent_delib.job import experiment, parameters
 from latent_delib.lm.model import AugmentedLM
 from latent_delib.measure import answers
-from latent_delib.measure.answers import Answers
+from latent_delib.measure.answers import Answers, read_questions
 from tests.run_command import run_command
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
@@ -67,7 +67,7 @@ def test_what_is_asked(config_of, write, sources, monkeypatch, kind):
     """As `benchmark` asks it, from the tokens alone; the first ones, of sources of questions."""
     monkeypatch.setattr(answers, "NUM_QUESTIONS", 3)
     exp = experiment.read(config_of(sources["validation"], write(ROWS, kind)))
-    asked = answers._read(exp)
+    asked = read_questions(exp)
     encode = exp.tokenizer.encode
     for row, found in zip(ROWS[:3], asked, strict=True):
         question = questions.Question(**row)
@@ -98,7 +98,7 @@ def test_what_counts(config_of, write, monkeypatch):
     coprocessor = ld.load_coprocessor("packaged")
     config = config_of(write(ROWS), **{"method.num_latents": coprocessor.num_latents})
     exp = experiment.read(config, jax.devices()[:1])
-    measure = Answers(exp, parameters.load_frozen(exp))
+    measure = Answers(exp, read_questions(exp), parameters.load_frozen(exp))
     found = measure({"coprocessor": coprocessor.params})
     lm = ld.AugmentedLM(ld.load_decoder("packaged"), coprocessor)
     prompts = [questions.Question(**row).prompt() for row in ROWS]
@@ -122,7 +122,7 @@ def test_a_mesh_says_the_same(config_of, write):
             write(ROWS), **{"method.num_latents": coprocessor.num_latents}, **changes
         )
         exp = experiment.read(config, devices)
-        measure = Answers(exp, parameters.load_frozen(exp))
+        measure = Answers(exp, read_questions(exp), parameters.load_frozen(exp))
         found.append(measure({"coprocessor": coprocessor.params}))
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
@@ -166,4 +166,4 @@ def test_benchmark_says_the_same(config_of, write, tmp_path, one_device):
 def test_of_several_processes_none_asks(config_of, write, monkeypatch, capsys):
     exp = experiment.read(config_of(write(ROWS)))
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    assert answers._read(exp) == [] and "not asked" in capsys.readouterr().out
+    assert read_questions(exp) == [] and "not asked" in capsys.readouterr().out
