@@ -117,11 +117,14 @@ def start(small: bool, out: Path | None) -> Path:
 
 
 def forget(out: Path, card: dict[str, Any]) -> None:
-    """Removes the rows that failed, so that they are made again; all of the proof of other code."""
+    """Removes the rows that failed, so that they are made again; all of the proof of other code.
+
+    A row that ended its process three times gets three more tries.
+    """
     result = chip_parts.read(out)
     for name, part in result["parts"].items():
         is_old = name == "proof" and result["card"].get("code") != card["code"]
-        gone = [row for row, made in part["rows"].items() if is_old or "error" in made]
+        gone = [row for row, made in part["rows"].items() if is_old or "failed" in made]
         for row in gone:
             del part["rows"][row]
         if gone:

@@ -102,6 +102,7 @@ def main() -> None:
     for row in rows:
         print(f"{row['form']:<36} {row['seconds']:>7.1f} s {row['peak_gib']:>7.2f} GiB at most")
     if a.json:
+        a.json.parent.mkdir(parents=True, exist_ok=True)
         result = {"size": a.size, "bytes": size, "largest": largest, "rows": rows}
         a.json.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -170,6 +170,7 @@ def main() -> None:
         rows.append(row)
         print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     if a.json:
+        a.json.parent.mkdir(parents=True, exist_ok=True)
         found = {"target": a.target, "size": a.size, "jax": jax.__version__, "rows": rows}
         a.json.write_text(json.dumps(found, indent=2))
 

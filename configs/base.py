@@ -116,6 +116,7 @@ def get_config() -> ConfigDict:
     c.evaluate.positions = 64  # augmented positions of each piece at once: bounds memory
     c.evaluate.max_pieces = 0  # pieces of each validation source, spread over it; 0: all
     # Positions drawn from a piece of max_length; proportionally fewer from a shorter one. 0: all.
+    # With method.prompt_end all ends of prompts are used.
     c.evaluate.max_positions = 0
     c.evaluate.seed = 0  # decides what is drawn, and the confidence intervals
     c.evaluate.delay = 0  # latents are written this many tokens before they join

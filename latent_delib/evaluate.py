@@ -52,6 +52,7 @@ from latent_delib.results.runs import Result
 from latent_delib.weights import coprocessor as exported
 
 SAVE_EVERY = 30.0  # seconds between two savings of partial sums
+PATIENCE = 86400.0  # default of --patience
 
 
 def main(flags: Any) -> None:
@@ -60,6 +61,8 @@ def main(flags: Any) -> None:
         raise UserError("--step, --steps, --watch: expected one of them")
     if flags.steps and not re.fullmatch(r"all|\d+(,\d+)*", flags.steps):
         raise UserError(f"--steps={flags.steps}: expected all, or numbers separated by commas")
+    if flags.patience != PATIENCE and not flags.watch:
+        raise UserError(f"--patience={flags.patience}: needs --watch")
     if flags.patience < 0:
         raise UserError(f"--patience={flags.patience}: expected at least 0")
     if exported.find_export(flags.workdir):
@@ -176,7 +179,8 @@ def evaluate_many(
     failed = on_first(lambda: sorted(saved_steps.whole_steps(workdir).intersection(failed)))
     if failed:
         raise UserError(
-            f"--workdir={workdir}: checkpoints {failed} could not be read; run this again"
+            f"--workdir={workdir}: checkpoints {failed} could not be read; run this again, "
+            "remove these checkpoints, or name the others with --steps"
         )
 
 
@@ -373,6 +377,6 @@ if __name__ == "__main__":
         step=(None, "checkpoint step; the newest if left out"),
         steps=("", "checkpoint steps: all, or numbers separated by commas"),
         watch=(False, "evaluate each checkpoint of a running training as it appears"),
-        patience=(86400.0, "seconds without a new checkpoint after which --watch ends"),
+        patience=(PATIENCE, "seconds without a new checkpoint after which --watch ends"),
         **distributed.FLAGS,
     )

@@ -43,6 +43,11 @@ def main(flags: Any) -> None:
     inputs.check_options(flags.max_new_tokens, flags.every, delay, sampler)
     inputs.check_attention(flags.attention)
     arguments.whole("batch_size", flags.batch_size, 1)
+    if flags.max_length <= flags.max_new_tokens:
+        raise UserError(
+            f"--max_length={flags.max_length}: expected more than "
+            f"--max_new_tokens={flags.max_new_tokens}, so that a prompt fits"
+        )
     requests = read_requests(flags)
     out = epath.Path(flags.out)
     if flags.out and out.is_dir():
@@ -51,7 +56,6 @@ def main(flags: Any) -> None:
         files.check_writable(str(out.parent))
 
     lm = load_model(flags)
-    inputs.check_options(flags.max_new_tokens, flags.every, delay, sampler, lm.aug)
     for name, augment in (("decoder", False), ("augmented", True)):
         if augment and lm.coprocessor is None:
             continue
@@ -176,7 +180,11 @@ def load_model(flags: Any) -> AugmentedLM:
     method = record["method.name"]
     writes_latents = METHODS[method].write is not None
     augment = writes_latents and not flags.no_augment
-    if not augment:
+    if augment:
+        delay = None if flags.coprocessor_devices else flags.delay
+        inputs.check_rhythm(flags.every, delay, record["method.every"])
+        inputs.check_late(delay, method)
+    else:
         _refuse_rhythm(flags, "--no_augment" if writes_latents else f"method {method}")
     path = load.decoder_of(flags.workdir, record)
     decoder = load.load_decoder(path, record["compute.dtype"], mesh)

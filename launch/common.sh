@@ -80,7 +80,7 @@ retry() {
   local try pause=${LATENT_DELIB_WAIT:-10} errors reason code
   for ((try = 1; ; try++)); do
     if [[ -n $dry_run ]]; then call "$@" && return; fi
-    { errors=$("$@" 2>&1 >&4 4>&-); } 4>&1 && return
+    { errors=$("$@" 2>&1 >&4 4>&-); } 4>&1 && return # 4 is our stdout; $( ) gets the stderr
     [[ ! $errors =~ NOT_FOUND|"was not found" ]] || return 4
     [[ $errors != *ALREADY_EXISTS* ]] || return 5
     reason=$(grep -im 1 error <<<"$errors" || tail -n 1 <<<"$errors")

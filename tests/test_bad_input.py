@@ -378,6 +378,11 @@ def test_generate_refuses(error, trained):
     )
     named(
         error("generate", f"--workdir={trained}", "--prompt=a", "--max_length=8"),
+        "--max_length=8: expected more than --max_new_tokens=64",
+    )
+    few = ("--max_new_tokens=7", "--max_length=8")
+    named(
+        error("generate", f"--workdir={trained}", "--prompt=a", *few),
         "prompts[0]",
         "max_length=8",
     )

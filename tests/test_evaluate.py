@@ -322,7 +322,9 @@ def test_an_exported_coprocessor_stands_for_its_workdir(make_config, trained, ev
     assert as_text(result) in (tmp_path / "with_card" / "README.md").read_text()
     with pytest.raises(UserError, match="num_latents is 2 there, 3 here"):
         evaluate.evaluate(make_config({"method.num_latents": 3}), where, str(tmp_path / "out"))
-    flags = SimpleNamespace(step=None, steps="", watch=False, patience=1.0, workdir=where, out="")
+    flags = SimpleNamespace(
+        step=None, steps="", watch=False, patience=evaluate.PATIENCE, workdir=where, out=""
+    )
     with pytest.raises(UserError, match="--workdir=.*exported coprocessor; name an --out"):
         evaluate.main(flags)
 

@@ -362,6 +362,7 @@ def test_a_training_that_died_or_is_another(make_config, trained, evaluated, tmp
         ({"steps": "all", "watch": True}, "--step, --steps, --watch"),
         ({"steps": "all", "step": 2}, "--step, --steps, --watch"),
         ({"watch": True, "patience": -1.0}, "--patience=-1.0"),
+        ({"patience": 1.0}, "--patience=1.0: needs --watch"),
         ({"out": __file__}, "is a file"),
         ({"workdir": "packaged"}, "name an --out"),
         ({"workdir": "packaged", "out": "out", "watch": True}, "packaged: .* of one step"),
@@ -377,7 +378,7 @@ def test_flags(flags, message):
             "step": None,
             "steps": "",
             "watch": False,
-            "patience": 1.0,
+            "patience": evaluate.PATIENCE,
         }
         evaluate.main(SimpleNamespace(**given | flags))
 

@@ -10,7 +10,7 @@ import pytest
 
 import latent_delib as ld
 from latent_delib import generate
-from latent_delib.lm import decoding, load, model
+from latent_delib.lm import decoding, load
 from latent_delib.lm.sampling import Sampler
 from tests.run_command import run_command
 
@@ -74,7 +74,7 @@ def test_the_continuation_of_one_prompt_appears_as_it_is_decoded(trained, decode
         (text,) = lm.generate(["the cat"], 5, temperature=0.7, seed=[3], augment=augment)
         expected += f"--- {name}\nthe cat{text}\n"
     assert capsys.readouterr().out.endswith(expected)
-    assert "more than max_length=2" in run(workdir=trained, prompt="the cat", max_length=2)
+    assert "more than max_length=6" in run(workdir=trained, prompt="the cat", max_length=6)
     assert capsys.readouterr().out == "", "nothing stands before the error on its line"
 
 
@@ -144,11 +144,23 @@ def test_every_field_of_the_sampler_is_a_flag(capsys):
         assert f"--{field.name}: {field.metadata['help']}" in said
 
 
-def test_a_rhythm_of_its_own(trained, monkeypatch):
-    """It is known with the model, and a delay that does not fit is refused before the decoder's."""
-    lm = SimpleNamespace(aug=SimpleNamespace(every=8))
-    monkeypatch.setattr(model, "AugmentedLM", lambda *_: lm)
-    assert "delay=8: expected less than every=8" in run(workdir=trained, prompt="a", delay=8)
+@pytest.mark.parametrize(
+    "method, flags, words",
+    [
+        ({"every": 8}, {"delay": 8}, "delay=8: expected less than every=8"),
+        ({"every": 8}, {"every": 4}, "every=4: latents join again after each 8 tokens"),
+        ({"name": "inserted"}, {"delay": 1}, "delay=1: method 'inserted' writes keys"),
+        ({"name": "inserted"}, {"coprocessor_devices": 1}, "coprocessor_devices: method"),
+    ],
+)
+def test_a_rhythm_that_does_not_fit_the_method(trained, monkeypatch, method, flags, words):
+    """Refused before weights are loaded."""
+    record = load.read_record(str(trained))
+    config = record.config | {"method": record.config["method"] | method}
+    changed = dataclasses.replace(record, config=config)
+    monkeypatch.setattr(load, "read_record", lambda *_: changed)
+    monkeypatch.delattr(load, "load_decoder")
+    assert words in run(workdir=trained, prompt="a", **flags)
 
 
 @pytest.mark.parametrize(
@@ -162,6 +174,7 @@ def test_a_rhythm_of_its_own(trained, monkeypatch):
         ({"coprocessor_devices": 8}, "--coprocessor_devices=8: expected 0 to 7"),
         ({"coprocessor_devices": -1}, "--coprocessor_devices=-1: expected 0 to 7"),
         ({"batch_size": 0}, "batch_size=0: expected at least 1"),
+        ({"max_length": 5}, "--max_length=5: expected more than --max_new_tokens=5"),
         ({"prompt": "", "prompts": "none.jsonl", "seed": -1}, "--seed=-1: expected at least 0"),
         ({"attention": "flash"}, "attention='flash'"),
     ],

@@ -177,7 +177,8 @@ def join(
       The state and the cache to decode with.
     """
     traces = _trace(aug, state.text, state.length)
-    # The entries of tokens that are read again are dropped first, and of text that is out of sight.
+    # The cache loses the entries of tokens that are read again, and of text that is out of sight.
+    # Then it gains those of the latents and of the tokens that are read again.
     reread = PLACEMENTS[aug.placement].reread
     read = plain._replace(length=jnp.maximum(plain.length - reread, 0))
     if aug.visible_text:

@@ -110,7 +110,7 @@ def decode_in_chunks(
         if due is None and waiting is None:
             plain = None  # no more latents will join
         elif cache is plain.cache:
-            cache = jax.tree.map(jnp.copy, cache)  # decoding overwrites its input
+            cache = jax.tree.map(jnp.copy, cache)  # decoding overwrites it; `plain` is still needed
         until = _next_stop(options, made, due, waiting)
         state, cache = decode(state, cache, key_B, options.sampler, until - made)
         made = until

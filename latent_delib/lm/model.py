@@ -133,7 +133,7 @@ class AugmentedLM:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Scores a continuation of each prompt.
 
-        Latents join once, at the prompt's end. A prompt is read once for up to 8 continuations.
+        Latents join at the prompt's end. A prompt is read once for up to 8 continuations.
 
         Args:
           augment: whether to use latents.

@@ -175,13 +175,13 @@ class Checkpoints:
             restored, saved = self._read(step, wanted, check)
         except Exception as error:
             damage = _damage(error, self.path)
-        damage = max(from_all(damage))
+        damage = _of_any_process(damage)
         if damage:
             return None, damage
         changed = ", ".join(contents.changed_leaves(saved, restored.trees))
         if changed:
             damage = f"{changed[:400]} differs from what was saved"
-        return restored, max(from_all(damage))
+        return restored, _of_any_process(damage)
 
     def _read(
         self, step: int, wanted: Mapping[str, Any], check: Callable[[dict[str, Any]], None]
@@ -288,6 +288,11 @@ def _noted(item: str) -> Iterator[None]:
 def _on_host(leaf: Any) -> np.ndarray:
     """Returns an array without memory, whose shape and type ask orbax for a numpy array."""
     return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
+
+
+def _of_any_process(damage: str) -> str:
+    """Returns the damage that this process or another has found; "" if none has found any."""
+    return max(from_all(damage))
 
 
 def _damage(error: Exception, path: epath.Path) -> str:

@@ -119,13 +119,17 @@ def atomic_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
 
 
 def _replace(folder: Path, partial: Path) -> None:
-    """Replaces an existing folder by another; if that fails, the old folder comes back."""
+    """Replaces an existing folder by another; if that fails, the old folder comes back.
+
+    Meanwhile the old folder has a temporary name. In the end it is removed.
+    """
     with _beside(folder) as before:
         folder.rename(before)
         try:
             partial.rename(folder)
-        except OSError:
-            before.rename(folder)
+        except BaseException:  # Ctrl-C too, which may come when the new folder is in place
+            if not folder.exists():
+                before.rename(folder)
             raise
 
 

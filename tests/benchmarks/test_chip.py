@@ -262,6 +262,8 @@ def test_a_row_that_ends_its_process_is_tried_three_times(file):
         and "its process ended 3 times" in part["rows"]["pallas_gpu, a"]["failed"]
     )
     assert "NOT proven" in chip.record(chip_parts.read(file))
+    chip.forget(file, CARD)  # the next command tries it again
+    assert list(chip_parts.read(file)["parts"]["proof"]["rows"]) == ["xla, a"]
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,28 @@ def test_a_link_to_a_folder_stays_and_its_folder_is_made(tmp_path, is_there, rep
     assert names(tmp_path) == ["disk", "link"] and names(target.parent) == ["out"]
 
 
+@pytest.mark.parametrize("is_renamed", [False, True])
+def test_an_interrupt_during_a_replacement_loses_no_folder(tmp_path, monkeypatch, is_renamed):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "old").write_text("")
+    rename = Path.rename
+
+    def interrupted(self, target):
+        if not (self / "new").exists():
+            return rename(self, target)
+        if is_renamed:
+            rename(self, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        with files.atomic_folder(tmp_path / "a", replace=True) as partial:
+            (partial / "new").write_text("")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    expected = ["new"] if is_renamed else ["old"]
+    assert [path.name for path in (tmp_path / "a").iterdir()] == expected
+
+
 def test_what_is_in_the_way(tmp_path):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "full").mkdir()
