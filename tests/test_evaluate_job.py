@@ -13,6 +13,7 @@ import pytest
 import latent_delib as ld
 from latent_delib import evaluate
 from latent_delib.errors import Outage
+from latent_delib.job import experiment
 from latent_delib.measure import evaluations, perplexity
 from tests.fake_gcs import running
 from tests.processes import Job
@@ -267,6 +268,11 @@ def test_one_curve_shows_one_thing(make_config, trained, evaluated):
     # as older versions wrote it
     change(file, {"text": text, "config": config, "draws": None, "step": None})
     refused("at other random positions.*draws 1", {"evaluate.max_positions": 3})
+
+    config["method"]["prompt_end"] = "Answer:"  # all ends of prompts are used: nothing is drawn
+    change(file, {"text": text, "config": config, "draws": None, "step": None})
+    at_prompts = {"evaluate.max_positions": 3, "method.prompt_end": "Answer:"}
+    evaluations.require_same(folder, experiment.read(make_config(at_prompts)).record)
 
 
 def test_what_cannot_be_read_does_not_stop_the_others(

@@ -1,6 +1,8 @@
 """Documents to rows, segments and pieces, against literal arrays and a plain definition."""
 
 import itertools
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -168,3 +170,14 @@ def test_work_ahead_keeps_the_order(count):
     squares = [number**2 for number in range(20)]
     assert list(rows.map_in_threads(lambda x: x**2, range(20), threads=3, count=count)) == squares
     assert list(rows.grouped(range(5), 2)) == [[0, 1], [2, 3], [4]]
+
+
+def test_a_generator_that_is_open_when_python_ends_says_nothing():
+    """As that of a script or notebook, at module level."""
+    script = (
+        "from latent_delib.data import rows\n"
+        "loader = rows.map_in_threads(str, range(100), threads=2, count=4)\n"
+        "print(next(loader))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
