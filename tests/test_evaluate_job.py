@@ -396,7 +396,8 @@ from latent_delib.machine import commands, distributed
 from latent_delib.machine.command_line import CONFIG, REQUIRED
 evaluate.SAVE_EVERY = 0.0
 commands.run(evaluate.main, "", config=(CONFIG, ""), workdir=(REQUIRED, ""), out=("", ""),
-    step=(None, ""), steps=("", ""), watch=(False, ""), patience=(60.0, ""), **distributed.FLAGS)
+    step=(None, ""), steps=("", ""), watch=(False, ""), patience=(evaluate.PATIENCE, ""),
+    **distributed.FLAGS)
 """
 
 
@@ -405,7 +406,14 @@ commands.run(evaluate.main, "", config=(CONFIG, ""), workdir=(REQUIRED, ""), out
 def test_a_real_kill(config_file, trained, tmp_path, count):
     """SIGKILL while partial sums are written: the same command ends with the same bits."""
     config, devices = config_file({"evaluate.positions": 4}), 8 // count
-    command = ("-c", CHILD, f"--config={config}", f"--workdir={trained}", "--watch")
+    command = (
+        "-c",
+        CHILD,
+        f"--config={config}",
+        f"--workdir={trained}",
+        "--watch",
+        "--patience=60",
+    )
     with Job(
         count, devices, tmp_path / "whole", *command, f"--out={tmp_path / 'undisturbed'}"
     ) as job:
