@@ -75,8 +75,8 @@ def test_it_learns_and_is_validated(make, distilled):
     figures = {}
     for distill in (0.25, 0.5, 0.75):
         one = experiment.read(make({"method.distill": distill}))
-        rows = read_held_out(one)
-        validation = Validation(one, planning.make(one), rows, frozen, state.trainable)
+        held_out = read_held_out(one)
+        validation = Validation(one, planning.make(one), held_out, frozen, state.trainable)
         figures[distill] = validation(state.trainable)
     for name in FIGURES:
         low, middle, high = (figures[distill][name] for distill in figures)
