@@ -33,7 +33,13 @@ from latent_delib.results.table_format import change
 RESULTS = Path(__file__).parents[1] / "results"
 PAGES = [
     RESULTS.with_name(name)
-    for name in ("results.md", "results_text.md", "results_questions.md", "earlier_results.md")
+    for name in (
+        "results.md",
+        "results_text.md",
+        "results_tables.md",
+        "results_questions.md",
+        "earlier_results.md",
+    )
 ]
 COMMENT = re.compile(r"<!-- table: (.*) -->")
 PHRASES = {  # words of a row -> the folder of an evaluation
