@@ -261,10 +261,11 @@ def summed_loss(
     """
     x_BRD, table_VD, target_BR, softcap, chunk = _loss_inputs(aug, params, x, targets)
     weight_BR = weights.reshape(target_BR.shape)
+    shards = aug.transformer.partition.row_shards
     if teacher is not None:
         teacher = teacher.reshape(x_BRD.shape)
     return loss_lib.summed_loss(
-        x_BRD, table_VD, target_BR, weight_BR, softcap, chunk, aug.distill, teacher
+        x_BRD, table_VD, target_BR, weight_BR, softcap, chunk, aug.distill, teacher, shards
     )
 
 

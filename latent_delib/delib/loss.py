@@ -78,7 +78,7 @@ def token_loss(
     return _join(jax.lax.map(one, parts), x_BRD)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 8))
 def summed_loss(
     x_BRD: jax.Array,
     table_VD: jax.Array,
@@ -88,6 +88,7 @@ def summed_loss(
     chunk: int,
     distill: float = 0.0,
     teacher_BRD: jax.Array | None = None,
+    shards: int = 1,
 ) -> jax.Array:
     """Returns the weighted sum of `token_loss` over all tokens: nats, a float32 scalar.
 
@@ -98,6 +99,8 @@ def summed_loss(
       x_BRD, table_VD, target_BR, softcap, chunk, distill: as for `token_loss`.
       weight_BR: float32; it gets no gradient.
       teacher_BRD: as for `token_loss`; the teacher gets no gradient, and gives the table none.
+      shards: number of parts into which the sequences are split over devices. Each part sums its
+        own gradient of the table over all chunks; then the devices add up theirs, once.
     """
     loss_BR = token_loss(x_BRD, table_VD, target_BR, softcap, chunk, distill, teacher_BRD)
     return jnp.sum(loss_BR * weight_BR)
@@ -169,36 +172,38 @@ def _nll(logits_BrV: jax.Array, target_Br: jax.Array) -> tuple[jax.Array, jax.Ar
     return (jnp.log(total_Br1) + high_Br1 - picked_Br1)[..., 0], dlogits_BrV
 
 
-def _forward(x_BRD, table_VD, target_BR, weight_BR, softcap, chunk, distill, teacher_BRD):
+def _forward(x_BRD, table_VD, target_BR, weight_BR, softcap, chunk, distill, teacher_BRD, shards):
     # True where the table is differentiated: with `symbolic_zeros` each input says so.
     trained = table_VD.perturbed
     inputs = x_BRD, table_VD, target_BR, weight_BR, teacher_BRD
     x_BRD, table_VD, *others = jax.tree.map(lambda x: x.value, inputs)
     dtype = x_BRD.dtype
 
-    def one(dtable_DV, part):
+    def one(dtable_WDV, part):
         x_BrD, target_Br, weight_Br, teacher_BrD = part
         loss_Br, dlogits_BrV = _loss(x_BrD, table_VD, target_Br, softcap, distill, teacher_BrD)
         dlogits_BrV = (dlogits_BrV * weight_Br[..., None]).astype(dtype)
         dx_BrD = einsum("BrV,VD->BrD", dlogits_BrV, table_VD.astype(dtype), jnp.float32)
         if trained:
-            dlogits_RV = dlogits_BrV.reshape(-1, dlogits_BrV.shape[-1])
-            x_RD = x_BrD.reshape(-1, x_BrD.shape[-1])
+            dlogits_WRV = dlogits_BrV.reshape(shards, -1, dlogits_BrV.shape[-1])
+            x_WRD = x_BrD.reshape(shards, -1, x_BrD.shape[-1])
             # On a CPU the first operand is transposed: x, not the logits, which are larger.
-            dtable_DV += einsum("RD,RV->DV", x_RD, dlogits_RV, jnp.float32)
-        return dtable_DV, (loss_Br * weight_Br, dx_BrD.astype(dtype))
+            dtable_WDV += einsum("WRD,WRV->WDV", x_WRD, dlogits_WRV, jnp.float32)
+        return dtable_WDV, (loss_Br * weight_Br, dx_BrD.astype(dtype))
 
-    dtable_DV = jnp.zeros(table_VD.shape[::-1], jnp.float32) if trained else None
+    # W parts of the batch: a sum over all of it would cross devices in every chunk.
+    dtable_WDV = jnp.zeros((shards, *table_VD.shape[::-1]), jnp.float32) if trained else None
     parts = _cut(chunk, (x_BRD, *others))
-    dtable_DV, (loss, dx) = jax.lax.scan(one, dtable_DV, parts)
+    dtable_WDV, (loss, dx) = jax.lax.scan(one, dtable_WDV, parts)
     dtable_VD = None
     if trained:
         # The barrier keeps XLA from merging this transpose into the product.
-        dtable_VD = jax.lax.optimization_barrier(dtable_DV).T.astype(table_VD.dtype)
+        dtable_DV = jax.lax.optimization_barrier(jnp.sum(dtable_WDV, axis=0))
+        dtable_VD = dtable_DV.T.astype(table_VD.dtype)
     return jnp.sum(loss), (_join(dx, x_BRD), dtable_VD)
 
 
-def _backward(softcap, chunk, distill, saved, dsum):
+def _backward(softcap, chunk, distill, shards, saved, dsum):
     dx_BRD, dtable_VD = (None if d is None else (d * dsum).astype(d.dtype) for d in saved)
     return dx_BRD, dtable_VD, None, None, None
 

@@ -16,7 +16,6 @@ from latent_delib.nn.layers import WHOLE
 from latent_delib.nn.transformer import Transformer
 
 B, R, D, V = 2, 9, 6, 23
-CHUNKS = [1, 4, R, 100]
 
 
 def inputs(size=1.0, dtype=jnp.float32):
@@ -42,10 +41,10 @@ def naive(softcap):
 
 
 @functools.cache
-def ours(softcap, chunk):
+def ours(softcap, chunk, shards=1):
     def total(x, embedding, target, weights):
         losses = token_loss(x, embedding, target, softcap, chunk)
-        return summed_loss(x, embedding, target, weights, softcap, chunk), losses
+        return summed_loss(x, embedding, target, weights, softcap, chunk, 0.0, None, shards), losses
 
     return total
 
@@ -56,10 +55,10 @@ def value_and_grads(total, *args):
 
 
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
-@pytest.mark.parametrize("chunk", CHUNKS)
-def test_equals_log_softmax(chunk, softcap):
+@pytest.mark.parametrize("chunk, shards", [(1, 1), (4, 1), (4, B), (R, 1), (100, 1)])
+def test_equals_log_softmax(chunk, shards, softcap):
     args = inputs()
-    (total, losses), grads = value_and_grads(ours(softcap, chunk), *args)
+    (total, losses), grads = value_and_grads(ours(softcap, chunk, shards), *args)
     (total_wanted, wanted), grads_wanted = value_and_grads(naive(softcap), *args)
     np.testing.assert_allclose(losses, wanted, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(total, total_wanted, rtol=1e-5)

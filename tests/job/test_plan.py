@@ -98,6 +98,17 @@ def test_what_a_step_moves(make_config, mesh, parts):
     assert estimate.received(exp) == gathers + received["reduce-scatter"] + sums
 
 
+def test_the_sums_of_a_trained_table_do_not_grow_with_the_chunks(make_config):
+    """A device adds up its own gradient over all chunks of the loss before it sends any of it."""
+
+    def summed(chunk):
+        mesh = {"mesh.data": 4, "mesh.fsdp": 2, "train.batch_size": 8}
+        change = {"method.name": "decoder", "compute.loss_chunk": chunk}
+        return traffic(experiment.read(make_config(mesh | change)))[1]["all-reduce"]
+
+    assert summed(2) == summed(64)
+
+
 @pytest.mark.parametrize("key, value", [("method.num_traces", 3), ("evaluate.positions", 7)])
 def test_traces_must_split(make_config, key, value):
     with pytest.raises(
