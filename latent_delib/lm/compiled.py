@@ -52,7 +52,7 @@ def prefill(
     """Reads the prompts. Adds space for `room` more tokens, and in the caches also for latents."""
     output_VD = transformer.output_table(params["decoder"])
     segment_BT = batching.one_segment(text_BT, length_B)
-    read = augment.read_text(aug, params, text_BT, segment_BT, output_VD.dtype)
+    read = augment.read_text(aug, params, text_BT, segment_BT)
     last_BD = jnp.take_along_axis(read.outputs, (length_B - 1)[:, None, None], axis=1)[:, 0]
     state = Decoding(
         text=jnp.pad(text_BT, [(0, 0), (0, room)], constant_values=pad_id),

@@ -85,9 +85,7 @@ def test_every_layer(golden):
 
     @jax.jit
     def outputs(decoder):
-        return augment.read_text(
-            aug, {"decoder": decoder}, tokens, np.ones_like(tokens), np.float32
-        ).outputs
+        return augment.read_text(aug, {"decoder": decoder}, tokens, np.ones_like(tokens)).outputs
 
     def first_layers(n):
         """The same decoder, whose layers after the first n add nothing to the residual stream."""

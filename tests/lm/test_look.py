@@ -100,9 +100,7 @@ def test_the_calls_of_every_method(decoder, name):
         params = augment.assemble({"decoder": weights, "assistant": weights}, tree)
         text = jnp.zeros((1, LENGTH), jnp.int32)
         ahead = LENGTH - 1 - AT
-        return look._called(
-            params, text, jnp.array([[AT]]), aug=aug, dtype=jnp.float32, ahead=ahead
-        )
+        return look._called(params, text, jnp.array([[AT]]), aug=aug, ahead=ahead)
 
     called = jax.eval_shape(call, jax.random.key(0), decoder.params)
     assert len(called) == (1 if name in IN_ONE_CALL else 2)
