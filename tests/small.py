@@ -69,6 +69,13 @@ def coprocessor(config, num_latents, seed=1):
     return tree | at_random(seed + 1, {"soft_tokens": np.zeros((num_latents, config.embed_dim))})
 
 
+def with_method(coprocessor, **changes):
+    """The same parameters, as if `config.method` had these values in training."""
+    record = coprocessor.record
+    config = record.config | {"method": record.config["method"] | changes}
+    return dataclasses.replace(coprocessor, record=dataclasses.replace(record, config=config))
+
+
 def packed(config: TransformerConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tokens and segments [2, 40], two documents per row; traces [2, 5], at ends and in padding."""
     tokens_BT = np.random.default_rng(0).integers(0, config.vocab_size, (2, 40))
