@@ -133,7 +133,7 @@ def open_source(where: Path, wanted: TransformerConfig | None = None) -> Source:
 
 
 def convert_theirs(
-    source: Source, out: Path, dtype: str, wanted: TransformerConfig | None, tokenizer: str = ""
+    source: Source, out: Path, dtype: str, wanted: TransformerConfig | None, tokenizer: str
 ) -> None:
     """Writes a decoder folder of ours from a source.
 

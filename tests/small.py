@@ -35,7 +35,18 @@ LLAMA = TransformerConfig(
     untied_head=True,
     qkv_bias=True,
 )
-GPT2 = dataclasses.replace(SIZES["gpt2_test"], learned_positions=64)
+GPT2 = dataclasses.replace(
+    SIZES["gpt2"],
+    num_layers=2,
+    embed_dim=32,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=8,
+    query_scale=0.0,  # it follows from head_dim
+    ffn_dim=128,
+    vocab_size=97,
+    learned_positions=64,
+)
 CONFIGS = {"gemma": GEMMA, "llama": LLAMA, "gpt2": GPT2}
 # The paper's placement and one that reads the last token again; the others in slow tests.
 TWO = ("after", "overlay")
