@@ -136,7 +136,6 @@ def loss(
     segment_BT: jax.Array,
     at_BM: jax.Array,
     num_ahead: int,
-    dtype: jnp.dtype,
     delay_BM: jax.Array | int = 0,
     prompt_end: Sequence[int] = (),
     steps_end: Sequence[int] = (),
@@ -151,10 +150,10 @@ def loss(
     whole = both(text, of_traces(traces.position, *traces.bounds[:2]))
 
     def embed(tokens: jax.Array) -> jax.Array:
-        return transformer.embed(decoder["embedding"].astype(dtype), tokens, c)
+        return transformer.embed(decoder["embedding"], tokens, c)
 
     _, cache = forward(c, decoder, embed(tokens_BT), text, text)
-    soft_BSD = jnp.tile(coprocessor["soft_tokens"].astype(dtype), (B, M, 1))
+    soft_BSD = jnp.tile(coprocessor["soft_tokens"], (B, M, 1))
     z_BSD, _ = forward(c, coprocessor, soft_BSD, soft, both(text, soft), cache)
     x_BMSD = jnp.concatenate([z_BSD.reshape(B, M, -1, c.embed_dim), embed(traces.inputs)], axis=2)
     x_BSD = jnp.concatenate([embed(tokens_BT), x_BMSD.reshape(B, -1, c.embed_dim)], axis=1)

@@ -38,7 +38,7 @@ def measure(a: argparse.Namespace) -> list[dict[str, Any]]:
         ):
             form, way = name.split(", ")
             aug = common.augmentation(a.config, L, form)
-            read = partial(read_step, aug=aug, dtype=jnp.dtype(a.dtype))
+            read = partial(read_step, aug=aug)
             ahead = partial(ahead_step, aug=aug, num_ahead=a.ahead)
 
             def sums(nll_BMA: jax.Array, weights_BMA: jax.Array) -> jax.Array:

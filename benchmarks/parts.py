@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return frozen | jax.tree.map(lambda x: x.astype(dtype), trained)
 
     def read(*trees):
-        return augment.read_text(aug, params(*trees), tokens, segment, dtype)
+        return augment.read_text(aug, params(*trees), tokens, segment)
 
     def latents(*trees):
         text = read(*trees)
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return augment.write_latents(aug, params(*trees), text, traces), text.cache, traces
 
     def loss(*trees):
-        return augment.loss(aug, params(*trees), tokens, segment, at, a.ahead, dtype)[0]
+        return augment.loss(aug, params(*trees), tokens, segment, at, a.ahead)[0]
 
     def decode(*trees):
         z, cache, traces = latents(*trees)

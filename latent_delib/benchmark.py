@@ -31,7 +31,7 @@ from latent_delib.errors import UserError, extra, store_errors
 from latent_delib.job import build
 from latent_delib.job.record import Record
 from latent_delib.lm import load
-from latent_delib.lm.inputs import ATTENTION_FLAG, check_attention, check_late, check_rhythm
+from latent_delib.lm.inputs import ATTENTION_FLAG, check_attention, check_rhythm
 from latent_delib.lm.model import AugmentedLM
 from latent_delib.machine import arguments, commands, files
 from latent_delib.machine.command_line import REQUIRED
@@ -57,7 +57,7 @@ class Subject(NamedTuple):
 
     record: Record
     decoder: str
-    workdir: str = ""
+    workdir: str
 
     def about(self) -> dict[str, Any]:
         """Returns the fields of benchmarks.json that identify the subject of its rows."""
@@ -123,8 +123,7 @@ def _find_subject(flags: Any) -> Subject:
         record = load.read_record(workdir, flags.step)
         decoder = load.decoder_of(workdir, record)
         config = record.config
-        check_rhythm(flags.every, flags.delay, record["method.every"])
-        check_late(flags.delay, record["method.name"])
+        check_rhythm(flags.every, flags.delay, record["method.every"], record["method.name"])
         if METHODS[record["method.name"]].write is None:
             config = config | {"method": config["method"] | {"num_latents": 0}}
     elif flags.step is not None:

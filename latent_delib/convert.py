@@ -24,6 +24,7 @@ from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.delib import augment
 from latent_delib.delib.methods import METHODS
 from latent_delib.errors import UserError
+from latent_delib.job import build
 from latent_delib.job.record import Record
 from latent_delib.lm import load
 from latent_delib.machine import commands, files
@@ -132,7 +133,7 @@ def open_source(where: Path, wanted: TransformerConfig | None = None) -> Source:
 
 
 def convert_theirs(
-    source: Source, out: Path, dtype: str, wanted: TransformerConfig | None, tokenizer: str = ""
+    source: Source, out: Path, dtype: str, wanted: TransformerConfig | None, tokenizer: str
 ) -> None:
     """Writes a decoder folder of ours from a source.
 
@@ -229,7 +230,8 @@ def export_coprocessor(workdir: str, out: Path) -> None:
     method = {**record.config["method"], "lora_rank": 0, "start": ""}  # without adapters now
     whole = dataclasses.replace(record, config={**record.config, "method": method}, start="")
     fields = {"fingerprint": trained.fingerprint, "record": whole.meta()}
-    config = trained.architecture or TransformerConfig.from_dict(record.architecture, workdir)
+    architecture = TransformerConfig.from_dict(record.architecture, workdir)
+    config = build.augmentation(record, architecture).models.coprocessor.config
     trains_decoder = METHODS[trained.method].trains_decoder
     decoder = f"{workdir}/decoder" if trains_decoder else record["decoder.path"]
     about = card(whole, decoder, trained.fingerprint, evaluation_of(workdir, record))

@@ -35,7 +35,18 @@ LLAMA = TransformerConfig(
     untied_head=True,
     qkv_bias=True,
 )
-GPT2 = dataclasses.replace(SIZES["gpt2_test"], learned_positions=64)
+GPT2 = dataclasses.replace(
+    SIZES["gpt2"],
+    num_layers=2,
+    embed_dim=32,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=8,
+    query_scale=0.0,  # it follows from head_dim
+    ffn_dim=128,
+    vocab_size=97,
+    learned_positions=64,
+)
 CONFIGS = {"gemma": GEMMA, "llama": LLAMA, "gpt2": GPT2}
 # The paper's placement and one that reads the last token again; the others in slow tests.
 TWO = ("after", "overlay")
@@ -67,6 +78,13 @@ def coprocessor(config, num_latents, seed=1):
     for name in transformer.TABLES:
         tree.pop(name, None)
     return tree | at_random(seed + 1, {"soft_tokens": np.zeros((num_latents, config.embed_dim))})
+
+
+def with_method(coprocessor, **changes):
+    """The same parameters, as if `config.method` had these values in training."""
+    record = coprocessor.record
+    config = record.config | {"method": record.config["method"] | changes}
+    return dataclasses.replace(coprocessor, record=dataclasses.replace(record, config=config))
 
 
 def packed(config: TransformerConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -136,7 +136,8 @@ def test_an_exported_coprocessor_finds_its_assistant(config_of, decoder_folder, 
     at = ([[2, 5, 6, 7, 8, 9]], [[1, 4]])
     trained, exported = (ld.load_coprocessor(str(tmp_path / name)) for name in ("w", "out"))
     jax.tree.map(np.testing.assert_array_equal, trained.params, exported.params)
-    small.named((tmp_path / "out" / "README.md").read_text(), trained.assistant.fingerprint)
+    assistant = trained.record["method.assistant"]
+    small.named((tmp_path / "out" / "README.md").read_text(), assistant)
     expected = ld.AugmentedLM(decoder, trained).latents(*at)
     np.testing.assert_array_equal(ld.AugmentedLM(decoder, exported).latents(*at), expected)
 

@@ -11,6 +11,7 @@ import evaluate
 import jax
 import numpy as np
 import pytest
+import small
 from lm_eval.api.instance import Instance
 from scipy import optimize
 
@@ -222,7 +223,8 @@ def test_choices(lm, monkeypatch):
 def test_pause_tokens(lm):
     """They have a row in METHODS, and nothing here knows them: they are latents."""
     tokens = {"soft_tokens": np.asarray(lm.coprocessor.params["soft_tokens"])}
-    paused = dataclasses.replace(lm.coprocessor, params=tokens, method="pause_tokens")
+    paused = small.with_method(lm.coprocessor, name="pause_tokens")
+    paused = dataclasses.replace(paused, params=tokens)
     found = harness.Adapter(ld.AugmentedLM(lm.decoder, paused)).loglikelihood(
         instances("loglikelihood", *PAIRS)
     )

@@ -17,12 +17,11 @@ from latent_delib.errors import UserError
 from latent_delib.job import build, experiment, parameters
 from latent_delib.job.record import Record
 from latent_delib.lm import load
-from latent_delib.nn.sizes import SIZES
 from latent_delib.weights import folder, tokenizer_files
 
 P, L = 48, 2  # learned positions; latents of the tiny config
 RESIZED = {"method.name": "resized", "method.coprocessor": {"learned_positions": 40}}
-CONFIG = dataclasses.replace(SIZES["gpt2_test"], vocab_size=320, learned_positions=P)
+CONFIG = dataclasses.replace(small.GPT2, vocab_size=320, learned_positions=P)
 PROMPT, NEW = "the cat sat on a mat and a dog", 6
 
 

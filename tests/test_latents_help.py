@@ -105,9 +105,7 @@ def train(aug, frozen, trainable, tokens):
 def read(decoder, tokens):
     """What the decoder makes of documents, and its loss on each answer."""
     segment = jnp.ones_like(tokens)
-    text, nll_BT = read_step(
-        {"decoder": decoder}, tokens, segment, aug=AUGMENTATION, dtype=jnp.float32
-    )
+    text, nll_BT = read_step({"decoder": decoder}, tokens, segment, aug=AUGMENTATION)
     return text, nll_BT[:, AT]
 
 

@@ -174,9 +174,8 @@ def read_text(
     params: Params,
     tokens_BT: jax.Array,
     segment_BT: jax.Array,
-    dtype: jnp.dtype,
 ) -> Reading:
-    """Passes packed text through the plain decoder, and through an assistant if any, in `dtype`."""
+    """Passes packed text through the plain decoder, and through an assistant if any."""
     start_BT = traces_lib.document_start(segment_BT)
     position_BT = jnp.arange(tokens_BT.shape[1]) - start_BT
     bounds = transformer.own_text(start_BT)
@@ -185,7 +184,7 @@ def read_text(
     caches = {}
     for reader, model in aug.readers.items():
         weights = params[reader]
-        x_BTD = transformer.embed(weights["embedding"].astype(dtype), tokens_BT, model.config)
+        x_BTD = transformer.embed(weights["embedding"], tokens_BT, model.config)
         variables = {"params": weights}
         x_BMTD, kv = model.apply(variables, x_BTD[:, None], position_BT[:, None], bounds)
         outputs[reader] = x_BMTD[:, 0]
@@ -216,8 +215,8 @@ def decode(
       The outputs [B, M, A, D] that predict the A targets, and the keys and values of latents and
       tokens.
     """
-    embedding_VD = params["decoder"]["embedding"].astype(cache.k.dtype)
-    x_BMSD = transformer.embed(embedding_VD, traces.inputs, aug.transformer.config)
+    decoder = params["decoder"]
+    x_BMSD = transformer.embed(decoder["embedding"], traces.inputs, aug.transformer.config)
     bounds = traces.bounds
     given = None
     if isinstance(z, Inserted):
@@ -229,8 +228,8 @@ def decode(
     if aug.every:
         order = aug.reading_order(A)
         x_BMSD = x_BMSD[:, :, order]
-    weights = {"params": params["decoder"]}
-    out_BMSD, kv = aug.transformer.apply(weights, x_BMSD, traces.position, bounds, cache, given)
+    variables = {"params": decoder}
+    out_BMSD, kv = aug.transformer.apply(variables, x_BMSD, traces.position, bounds, cache, given)
     if aug.every:
         out_BMSD = out_BMSD[:, :, np.argsort(order)]  # latents first again
     return out_BMSD[:, :, -A:], kv
@@ -290,7 +289,6 @@ def loss(
     segment_BT: jax.Array,
     at_BM: jax.Array,
     num_ahead: int,
-    dtype: jnp.dtype,
     delay_BM: jax.Array | int = 0,
     prompt_end: Sequence[int] = (),
     steps_end: Sequence[int] = (),
@@ -307,12 +305,11 @@ def loss(
       segment_BT: int32 document number of each token, 0 on padding.
       at_BM: int32 text tokens at which the cache is augmented.
       num_ahead: A, ahead tokens per trace.
-      dtype: dtype of the computation.
       delay_BM: see `traces.lay_out`.
       prompt_end: tokens that end a prompt, for the loss without latents; empty: all text counts.
       steps_end: see `traces.first_ahead`.
     """
-    reading = read_text(aug, params, tokens_BT, segment_BT, dtype)
+    reading = read_text(aug, params, tokens_BT, segment_BT)
     if aug.writes_latents:
         traces = aug.lay_out(tokens_BT, segment_BT, at_BM, num_ahead, delay_BM, steps_end)
         z = write_latents(aug, params, reading, traces)

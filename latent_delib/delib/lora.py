@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from latent_delib.nn.layers import INPUT_AXES
-from latent_delib.nn.products import precision
+from latent_delib.nn.products import matmul
 from latent_delib.nn.transformer import Params
 
 
@@ -51,7 +51,7 @@ def lay_over(below: Params, tree: Params) -> Params:
             found[name] = lay_over(leaf, tree.get(name, {}))
         elif f"{name}_a" in tree:
             a, b = tree[f"{name}_a"], tree[f"{name}_b"]
-            change = jax.vmap(partial(jnp.tensordot, axes=1, precision=precision(a, b)))(a, b)
+            change = jax.vmap(partial(matmul, contracted=1))(a, b)
             found[name] = leaf + change.astype(leaf.dtype)
         else:
             found[name] = tree.get(name, leaf)

@@ -5,7 +5,7 @@ costs. Everything else is shared.
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -83,6 +83,8 @@ def param_axes(method: str) -> Mapping[str, Axes]:
     return PARAM_AXES | own
 
 
+# Of methods whose latents are trained vectors, whatever the text.
+_VECTORS: dict[str, Any] = dict(cost=flops.no_pass, reads_text=False, has_matrices=False)
 METHODS = {
     # The decoder alone; its training is ordinary language modelling.
     "decoder": Method(
@@ -112,36 +114,28 @@ METHODS = {
     "pause_tokens": Method(
         coprocessor.start_with_one_soft_token,
         coprocessor.write_soft_tokens,
-        cost=flops.no_pass,
-        reads_text=False,
-        has_matrices=False,
+        **_VECTORS,
     ),
     "static_tokens": Method(
         coprocessor.start_with_soft_tokens,
         coprocessor.write_soft_tokens,
-        cost=flops.no_pass,
-        reads_text=False,
-        has_matrices=False,
+        **_VECTORS,
     ),
     # Sun et al. 2025 (latent tokens): trained vectors that recur among the tokens. Tokens see all
     # vectors before them, and keep their positions.
     "latent_tokens": Method(
         coprocessor.start_with_soft_tokens,
         coprocessor.write_soft_tokens,
-        cost=flops.no_pass,
-        reads_text=False,
-        has_matrices=False,
         recurs=True,
+        **_VECTORS,
     ),
     # Eyuboglu et al. 2025 (Cartridges): trained keys and values in each layer, whatever the text.
     "cartridge": Method(
         coprocessor.start_cartridge,
         coprocessor.write_cartridge,
-        cost=flops.no_pass,
         axes=coprocessor.CARTRIDGE_AXES,
-        reads_text=False,
-        has_matrices=False,
         writes_keys=True,
+        **_VECTORS,
     ),
     # Coda-Forno et al. 2025: keys and values inserted in each layer (H1); decoder and coprocessor
     # trained together (H2); one model that writes its own latents (the unified baseline). With

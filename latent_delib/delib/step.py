@@ -250,7 +250,7 @@ def _loss_sum(objective: Objective, params: Params, part: Batch) -> tuple[jax.Ar
     o = objective
     tokens, segment, at, delay = part
     return augment.loss(
-        o.aug, params, tokens, segment, at, o.num_ahead, o.dtype, delay, o.prompt_end, o.steps_end
+        o.aug, params, tokens, segment, at, o.num_ahead, delay, o.prompt_end, o.steps_end
     )
 
 
@@ -311,7 +311,6 @@ def read_step(
     segment_BT: jax.Array,
     *,
     aug: Augmentation,
-    dtype: jnp.dtype,
     score: Score = augment.nll,
 ) -> tuple[Reading, Any]:
     """Reads text with the plain decoder.
@@ -321,7 +320,7 @@ def read_step(
       nats, float32.
     """
     params = augment.with_whole_tables(aug, params)
-    reading = augment.read_text(aug, params, tokens_BT, segment_BT, dtype)
+    reading = augment.read_text(aug, params, tokens_BT, segment_BT)
     return reading, score(aug, params, reading.outputs[:, :-1], tokens_BT[:, 1:])
 
 

@@ -24,8 +24,7 @@ class Placement(NamedTuple):
 
     latents: L -> the positions of the L latents minus p, int [L].
     shift: L -> the number of positions by which the text after the latents moves on.
-    reread: number of text tokens, x_p the last of them, that are read again after the latents
-      instead of from the cache.
+    reread: 1 where x_p is read again after the latents instead of from the cache; else 0.
     """
 
     latents: Callable[[int], np.ndarray]
@@ -141,7 +140,7 @@ def follows_prompt(
     return end_BT >= document_start(segment_BT)
 
 
-def first_ahead(tokens_BT: jax.Array, steps_end: Sequence[int] = ()) -> jax.Array:
+def first_ahead(tokens_BT: jax.Array, steps_end: Sequence[int]) -> jax.Array:
     """Returns the index of the first ahead token of a trace at each token, int32 [B, T].
 
     Without `steps_end` the first ahead token is the next token. With it, the first ahead token
@@ -230,7 +229,7 @@ def lay_out(
         return jnp.take_along_axis(row_BT, flat, axis=1).reshape(index_BMX.shape)
 
     # The place: x_p in the row, its document's first token, and the position of x_p.
-    at = at_BM[..., None]
+    at = jnp.maximum(at_BM, 0)[..., None]  # -1 in rows that only fill a batch
     start = take(document_start(segment_BT), at)
     p = at - start
 
@@ -241,18 +240,17 @@ def lay_out(
     latent_position = jnp.maximum(known + from_p, 0)
     latent_bounds = _bounds(start, start + known + 1, latent_position)
 
-    # The decoder's call: latents, tokens that are read again, and all ahead tokens but the last. A
-    # text of fewer tokens than are read again repeats its first one.
-    again = jnp.maximum(at + jnp.arange(1 - place.reread, 1), start)
+    # The decoder's call: latents, x_p if it is read again, and all ahead tokens but the last.
+    again = at[..., : place.reread]
     ahead = take(first_ahead(tokens_BT, steps_end), at) + jnp.arange(num_ahead)
     inputs = take(tokens_BT, jnp.concatenate([again, ahead[..., :-1]], axis=-1))
     offset = _input_offsets(num_ahead, placement)
-    input_position = jnp.maximum(p + offset, 0) + place.shift(num_latents)
+    input_position = p + offset + place.shift(num_latents)
     position = jnp.concatenate([jnp.maximum(p + from_p, 0), input_position], axis=-1)
     if every:
         position = position[..., reading_order(num_latents, num_ahead, placement, every)]
     first_visible = jnp.maximum(at + 1 - visible_text, start) if visible_text else start
-    from_cache = jnp.maximum(at + 1 - place.reread, start)  # the end of what the cache gives
+    from_cache = at + 1 - place.reread  # the end of what the cache gives
     bounds = _bounds(first_visible, from_cache, position)
 
     segment = take(segment_BT, at)

@@ -102,7 +102,7 @@ def pad_tails(
     tails: Sequence[Sequence[int]],
     rows: int,
     pad_id: int,
-    shards: int = 1,
+    shards: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pads the continuations of a batch of prompts.
 

@@ -52,7 +52,7 @@ def prefill(
     """Reads the prompts. Adds space for `room` more tokens, and in the caches also for latents."""
     output_VD = transformer.output_table(params["decoder"])
     segment_BT = batching.one_segment(text_BT, length_B)
-    read = augment.read_text(aug, params, text_BT, segment_BT, output_VD.dtype)
+    read = augment.read_text(aug, params, text_BT, segment_BT)
     last_BD = jnp.take_along_axis(read.outputs, (length_B - 1)[:, None, None], axis=1)[:, 0]
     state = Decoding(
         text=jnp.pad(text_BT, [(0, 0), (0, room)], constant_values=pad_id),
@@ -177,12 +177,12 @@ def join(
       The state and the cache to decode with.
     """
     traces = _trace(aug, state.text, state.length)
-    # The cache loses the entries of tokens that are read again, and of text that is out of sight.
-    # Then it gains those of the latents and of the tokens that are read again.
+    # The cache loses the entry of a token that is read again, and those of text that is out of
+    # sight. Then it gains those of the latents and of the token that is read again.
     reread = PLACEMENTS[aug.placement].reread
     read = plain._replace(length=jnp.maximum(plain.length - reread, 0))
     if aug.visible_text:
-        read = cache_lib.last_entries(read, max(aug.visible_text - reread, 0))
+        read = cache_lib.last_entries(read, aug.visible_text - reread)
     zero = jnp.zeros_like(traces.position)
     stop = jnp.broadcast_to(read.length[:, None, None], traces.position.shape)
     traces = traces._replace(bounds=Bounds(zero, stop, zero))
@@ -241,9 +241,3 @@ def decode_tokens(
         return (carry[0].length[0] < goal) & ~jnp.all(carry[0].ended)
 
     return jax.lax.while_loop(goes_on, one_token, (state, cache))
-
-
-@partial(jax.jit, static_argnums=2)
-def new_tokens(text_BX: jax.Array, length_B: jax.Array, count: int) -> jax.Array:
-    """Returns the `count` tokens after each prompt."""
-    return jnp.take_along_axis(text_BX, length_B[:, None] + jnp.arange(count), axis=1)

@@ -84,6 +84,7 @@ def decode_in_chunks(
     cache: Cache = plain.cache
     read_more = partial(compiled.read_on, params, aug=aug)
     decode = partial(compiled.decode_tokens, params, aug=aug, eos_id=eos_id, pad_id=pad_id)
+    index_BN = np.asarray(length_B)[:, None] + np.arange(options.max_new_tokens)
     made = 0  # new tokens
     held = 0  # new tokens that `plain` holds
     due = None if write is None else 0  # the number of new tokens at which latents are asked for
@@ -114,7 +115,7 @@ def decode_in_chunks(
         until = _next_stop(options, made, due, waiting)
         state, cache = decode(state, cache, key_B, options.sampler, until - made)
         made = until
-        new_BN = np.asarray(compiled.new_tokens(state.text, length_B, options.max_new_tokens))
+        new_BN = np.take_along_axis(np.asarray(state.text), index_BN, axis=1)
         ended = np.asarray(state.ended) | stopped(new_BN[:, :made])
         yield new_BN, joined
         if ended.all():

@@ -15,12 +15,12 @@ from latent_delib.errors import UserError
 from latent_delib.job.build import ATTENTION, DTYPES
 from latent_delib.lm.sampling import Sampler, options
 from latent_delib.machine import arguments
+from latent_delib.nn.attention.forms import FORMS
 
 _END = "the decoder's table of learned positions ends there"
 ATTENTION_FLAG = (
     "auto",
-    "form of attention: auto (a proven kernel, else xla), reference, xla, pallas_gpu, pallas_tpu,"
-    " tokamax_gpu",
+    f"form of attention: auto (a proven kernel, else xla), {', '.join(FORMS)}",
 )
 Prompt = str | Sequence[int]  # text, to which BOS is added; or token ids as they are
 
@@ -65,21 +65,23 @@ def check_options(
         if name not in known:
             raise UserError(f"{name}: unknown option, expected one of {', '.join(known)}")
     sampler = Sampler(**sampling).checked()
-    own = aug.every if aug else 0
-    every, delay = check_rhythm(every, delay, own)
-    if aug:
-        check_late(delay, aug.method)
+    own, method = (aug.every, aug.method) if aug else (0, "decoder")
+    every, delay = check_rhythm(every, delay, own, method)
     return GenerationOptions(max_new_tokens, sampler, every or own, delay)
 
 
-def check_rhythm(every: int, delay: int | None, own: int = 0) -> tuple[int, int | None]:
+def check_rhythm(
+    every: int, delay: int | None, own: int = 0, method: str = "decoder"
+) -> tuple[int, int | None]:
     """Returns `every` and `delay` as plain Python numbers.
 
     Args:
       own: the number of tokens after which the model's latents recur by themselves; 0: they do not.
+      method: the model's method; "decoder" where no model is loaded yet.
 
     Raises:
-      UserError: both `every` and `own` are set; or latents would join after the next ones are due.
+      UserError: both `every` and `own` are set; latents would join after the next ones are due; or
+        they would join late, but hold their position.
     """
     every = arguments.whole("every", every, 0)
     if own and every:
@@ -87,24 +89,18 @@ def check_rhythm(every: int, delay: int | None, own: int = 0) -> tuple[int, int 
             f"every={every}: latents join again after each {own} tokens, "
             "as they were trained to; leave it 0"
         )
-    if delay is None:
-        return every, None
-    delay = arguments.whole("delay", delay, 0)
-    rhythm = every or own
-    if rhythm and delay >= rhythm:
-        raise UserError(f"delay={delay}: expected less than every={rhythm}")
+    if delay is not None:
+        delay = arguments.whole("delay", delay, 0)
+        rhythm = every or own
+        if rhythm and delay >= rhythm:
+            raise UserError(f"delay={delay}: expected less than every={rhythm}")
+    if delay != 0 and METHODS[method].writes_keys:
+        given = "coprocessor_devices" if delay is None else f"delay={delay}"
+        raise UserError(
+            f"{given}: method {method!r} writes keys, which depend on their position, so they "
+            "cannot join later; leave it out"
+        )
     return every, delay
-
-
-def check_late(delay: int | None, method: str) -> None:
-    """Raises UserError for latents that would join late, but hold their position."""
-    if delay == 0 or not METHODS[method].writes_keys:
-        return
-    given = "coprocessor_devices" if delay is None else f"delay={delay}"
-    raise UserError(
-        f"{given}: method {method!r} writes keys, which depend on their position, so they cannot "
-        "join later; leave it out"
-    )
 
 
 def checked_dtype(dtype: Any) -> np.dtype:

@@ -4,8 +4,9 @@ import dataclasses
 import os
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,52 +53,48 @@ class Decoder:
         return f"Decoder({sizes}, {dtype}, fingerprint {self.fingerprint[:SHORT]})"
 
 
-class Assistant(NamedTuple):
-    """Names an assistant.
-
-    path: the path of its decoder, as in `load_decoder`.
-    fingerprint: the SHA-256 of that decoder, hex.
-    params: the decoder's parameters, if they are loaded already.
-    """
-
-    path: str
-    fingerprint: str
-    params: Params | None = None
-
-
 @dataclasses.dataclass(frozen=True, repr=False)
 class Coprocessor:
     """Holds a coprocessor for one decoder.
 
     params: without the layers that are the decoder's own (`delib.augment.assemble`).
-    fingerprint: the SHA-256 of the decoder, hex.
-    step: the training step; None: untrained.
-    architecture: the coprocessor's architecture; None: the decoder's.
-    every: number of tokens after which its latents recur; 0: they do not.
-    assistant: the other decoder whose cache it reads, or None.
-    visible_text: how many of the last text tokens the decoder still sees beside latents; 0: all.
+    record: describes its method and its training, and names the path of its assistant, if any.
+    fingerprint: the SHA-256 of the decoder, hex; of the trained one, where training changed it.
+    assistant: the assistant's parameters, if they are loaded already.
     """
 
     params: Params
-    method: str
-    num_latents: int
-    placement: str
+    record: Record
     fingerprint: str
-    step: int | None = None
-    architecture: TransformerConfig | None = None
-    every: int = 0
-    assistant: Assistant | None = None
-    visible_text: int = 0
+    assistant: Params | None = None
+
+    @property
+    def method(self) -> str:
+        return self.record["method.name"]
+
+    @property
+    def num_latents(self) -> int:
+        return self.record["method.num_latents"]
+
+    @property
+    def placement(self) -> str:
+        return self.record["method.placement"]
+
+    @property
+    def step(self) -> int | None:
+        """Returns the training step; None: untrained."""
+        return self.record.step
 
     def __repr__(self) -> str:
         dtype = jax.tree.leaves(self.params)[0].dtype
         latents = f"{self.num_latents} latents {self.placement!r}"
-        if self.visible_text:
-            latents += f" and {self.visible_text} visible tokens"
+        visible = self.record["method.visible_text"]
+        if visible:
+            latents += f" and {visible} visible tokens"
         step = "untrained" if self.step is None else f"step {self.step}"
         of = f"of decoder {self.fingerprint[:SHORT]}"
-        if self.assistant is not None:
-            of += f", of assistant {self.assistant.fingerprint[:SHORT]}"
+        if self.record.assistant:
+            of += f", of assistant {self.record['method.assistant'][:SHORT]}"
         return f"Coprocessor({self.method}, {latents}, {step}, {dtype}, {of})"
 
 
@@ -168,10 +165,12 @@ def load_coprocessor(
     found = _load_coprocessor(workdir, step)
     if not assistant:
         return found
-    if found.assistant is None:
+    record = found.record
+    if not record.assistant:
         raise UserError(f"assistant={assistant}: method {found.method!r} has none; leave it out")
-    path = arguments.path("assistant", assistant)
-    return dataclasses.replace(found, assistant=found.assistant._replace(path=path))
+    method = {**record.config["method"], "assistant": arguments.path("assistant", assistant)}
+    record = dataclasses.replace(record, config={**record.config, "method": method})
+    return dataclasses.replace(found, record=record)
 
 
 def _load_coprocessor(workdir: str | os.PathLike, step: int | None) -> Coprocessor:
@@ -200,30 +199,7 @@ def _load_coprocessor(workdir: str | os.PathLike, step: int | None) -> Coprocess
     fingerprint = record.fingerprint
     if METHODS[name].trains_decoder:  # it belongs to the decoder that was trained with it
         fingerprint = folder.fingerprint(locate.find_decoder(decoder_of(workdir, record)))
-    return of_record(params, record, fingerprint)
-
-
-def of_record(params: Params, record: Record, fingerprint: str) -> Coprocessor:
-    """Returns the coprocessor of a run, for the decoder with a fingerprint."""
-    return Coprocessor(
-        params,
-        method=record["method.name"],
-        num_latents=record["method.num_latents"],
-        placement=record["method.placement"],
-        fingerprint=fingerprint,
-        step=record.step,
-        architecture=build.own_architecture(record, TransformerConfig(**record.architecture)),
-        every=record["method.every"],
-        assistant=_assistant_of(record),
-        visible_text=record["method.visible_text"],
-    )
-
-
-def _assistant_of(record: Record) -> Assistant | None:
-    """Returns the assistant of a run, or None."""
-    if not record.assistant:
-        return None
-    return Assistant(record.config["method"]["assistant"], record["method.assistant"])
+    return Coprocessor(params, record, fingerprint)
 
 
 def _exported(where: Path, step: int | None) -> Coprocessor:
@@ -232,15 +208,16 @@ def _exported(where: Path, step: int | None) -> Coprocessor:
     for key, known in (("method.name", METHODS), ("method.placement", PLACEMENTS)):
         if record[key] not in known:
             raise UserError(f"{where}: {key}={record[key]!r}, expected one of {sorted(known)}")
-    found = of_record(params, record, fields["fingerprint"])
-    _check_shapes(found, TransformerConfig(**record.architecture), where)
+    found = Coprocessor(params, record, fields["fingerprint"])
+    _check_shapes(found, where)
     return found
 
 
-def _check_shapes(found: Coprocessor, decoder: TransformerConfig, where: Path) -> None:
+def _check_shapes(found: Coprocessor, where: Path) -> None:
     """Raises UserError unless a coprocessor's parameters have the shapes of its method."""
-    models = Models(Transformer(decoder), Transformer(found.architecture or decoder))
-    begun_from = models.coprocessor.config if found.assistant else decoder
+    decoder = TransformerConfig(**found.record.architecture)
+    models = build.augmentation(found.record, decoder).models
+    begun_from = models.coprocessor.config if found.record.assistant else decoder
 
     def init(key: jax.Array, params: Params) -> Params:
         return METHODS[found.method].init(key, params, models, found.num_latents)["coprocessor"]
@@ -320,11 +297,13 @@ def init_coprocessor(
         raise UserError(f"placement={placement!r}: expected one of {sorted(PLACEMENTS)}")
     num_latents = arguments.whole("num_latents", num_latents, 1, decoder.config.vocab_size)
     seed = arguments.whole("seed", seed, 0, arguments.SEED)
-    method = "cache_augmentation"
+    name = "cache_augmentation"
     model = Transformer(decoder.config)
     key = jax.random.key(seed)
-    tree = METHODS[method].init(key, decoder.params, Models(model, model), num_latents)
-    return Coprocessor(tree["coprocessor"], method, num_latents, placement, decoder.fingerprint)
+    tree = METHODS[name].init(key, decoder.params, Models(model, model), num_latents)
+    method = {"name": name, "num_latents": num_latents, "placement": placement}
+    record = Record({"method": method}, decoder.fingerprint)
+    return Coprocessor(tree["coprocessor"], record, decoder.fingerprint)
 
 
 def augmentation(
@@ -340,25 +319,15 @@ def augmentation(
     """
     arguments.instance("mesh", mesh, Mesh, "mesh.make")
     dtype = decoder.params["embedding"].dtype
-    model = build.transformer(decoder.config, mesh, dtype, form=attention)
+    model = partial(build.transformer, mesh=mesh, dtype=dtype, form=attention)
     if coprocessor is None:
-        return Augmentation(model, "decoder", 0)
+        return Augmentation(model(decoder.config), "decoder", 0)
     arguments.instance("coprocessor", coprocessor, Coprocessor, "load_coprocessor")
-    c = coprocessor
-    if c.fingerprint != decoder.fingerprint:
-        theirs = c.fingerprint[:SHORT]
+    if coprocessor.fingerprint != decoder.fingerprint:
+        theirs = coprocessor.fingerprint[:SHORT]
         this = decoder.fingerprint[:SHORT]
         raise UserError(f"coprocessor belongs to decoder {theirs}, this decoder is {this}")
-    own = c.architecture and build.transformer(c.architecture, mesh, dtype, form=attention)
-    return Augmentation(
-        model,
-        c.method,
-        c.num_latents,
-        c.placement,
-        coprocessor=own,
-        every=c.every,
-        visible_text=c.visible_text,
-    )
+    return build.augmentation(coprocessor.record, decoder.config, model)
 
 
 def load_assistant(
@@ -371,11 +340,12 @@ def load_assistant(
     Raises:
       UserError: the assistant's path holds no decoder, or another one.
     """
-    if coprocessor.assistant is None:
+    record = coprocessor.record
+    if not record.assistant:
         return {}
-    path, fingerprint, params = coprocessor.assistant
-    if params is not None:
-        return {"assistant": params}
+    if coprocessor.assistant is not None:
+        return {"assistant": coprocessor.assistant}
+    path, fingerprint = record.config["method"]["assistant"], record["method.assistant"]
     remedy = "name its folder: load_coprocessor(..., assistant=PATH)"
     try:
         found = load_decoder(path, dtype, mesh)

@@ -82,12 +82,12 @@ def cache(lm: AugmentedLM, tokens_BT: Any) -> Cache:
       UserError: the tokens are not integers [B, T] of the vocabulary.
     """
     tokens = lm.token_array(tokens_BT)
-    return _read(lm.params, tokens, aug=lm.plain, dtype=lm.dtype)
+    return _read(lm.params, tokens, aug=lm.plain)
 
 
-@partial(jax.jit, static_argnames=("aug", "dtype"))
-def _read(params: Params, tokens_BT: jax.Array, *, aug: Augmentation, dtype: Any) -> Cache:
-    return augment.read_text(aug, params, tokens_BT, jnp.ones_like(tokens_BT), dtype).cache
+@partial(jax.jit, static_argnames=("aug",))
+def _read(params: Params, tokens_BT: jax.Array, *, aug: Augmentation) -> Cache:
+    return augment.read_text(aug, params, tokens_BT, jnp.ones_like(tokens_BT)).cache
 
 
 def attention(
@@ -120,7 +120,7 @@ def attention(
             f"at={at}: expected 0 to {len(tokens) - 3}, two tokens before the end of the text"
         )
     ahead = len(tokens) - 1 - at
-    called = _called(lm.params, text, jnp.array([[at]]), aug=lm.aug, dtype=lm.dtype, ahead=ahead)
+    called = _called(lm.params, text, jnp.array([[at]]), aug=lm.aug, ahead=ahead)
     *written, decoded = (_weights(w, at, len(tokens)) for w in called)
     names = [f"{i} {word}" for i, word in enumerate(words(lm, tokens))]
     cached = names[: at + 1]
@@ -145,14 +145,13 @@ def _weights(w: jax.Array, at: int, length: int) -> np.ndarray:
     return w.reshape(layers, K * G, S, U)
 
 
-@partial(jax.jit, static_argnames=("aug", "dtype", "ahead"))
+@partial(jax.jit, static_argnames=("aug", "ahead"))
 def _called(
     params: Params,
     text_BT: jax.Array,
     at_BM: jax.Array,
     *,
     aug: Augmentation,
-    dtype: Any,
     ahead: int,
 ) -> list[jax.Array]:
     """Returns attention weights of the coprocessor's call, if any, and of the decoder's."""
@@ -160,7 +159,7 @@ def _called(
     decoder, coprocessor = (Watched(model, seen) for model in aug.models)
     aug = dataclasses.replace(aug, transformer=decoder, coprocessor=coprocessor)
     segment_BT = jnp.ones_like(text_BT)
-    text = augment.read_text(aug, params, text_BT, segment_BT, dtype)
+    text = augment.read_text(aug, params, text_BT, segment_BT)
     traces = aug.lay_out(text_BT, segment_BT, at_BM, ahead)
     z = augment.write_latents(aug, params, text, traces)
     augment.decode(aug, params, z, text.cache, traces)

@@ -1,6 +1,7 @@
 """The language model that a decoder and a coprocessor make."""
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -88,7 +89,7 @@ class AugmentedLM:
     def logits(self, tokens_BT: jax.Array) -> jax.Array:
         """Returns the plain decoder's logits, float32 [B, T, V]."""
         tokens = self.token_array(tokens_BT)
-        return scoring.score_vocabulary(self.params, tokens, aug=self.aug, dtype=self.dtype)
+        return scoring.score_vocabulary(self.params, tokens, aug=self.aug)
 
     def latents(self, tokens_BT: jax.Array, positions_BM: jax.Array) -> Latents:
         """Returns latents [B, M, L, D], written after token positions[b, m] of row b.
@@ -99,9 +100,7 @@ class AugmentedLM:
             raise UserError("this model has no coprocessor, so no latents")
         tokens = self.token_array(tokens_BT)
         positions = inputs.position_array(positions_BM, tokens, 0, self.mesh)
-        return scoring.write_latents_at(
-            self.params, tokens, positions, aug=self.aug, dtype=self.dtype
-        )
+        return scoring.write_latents_at(self.params, tokens, positions, aug=self.aug)
 
     def ahead_logprobs(
         self,
@@ -119,9 +118,7 @@ class AugmentedLM:
         ahead = arguments.whole("ahead", ahead, 1)
         tokens = self.token_array(tokens_BT)
         positions = inputs.position_array(positions_BM, tokens, ahead, self.mesh)
-        return scoring.score_ahead(
-            self.params, tokens, positions, aug=self.aug, dtype=self.dtype, ahead=ahead
-        )
+        return scoring.score_ahead(self.params, tokens, positions, aug=self.aug, ahead=ahead)
 
     def logprobs(
         self,
@@ -205,7 +202,7 @@ class AugmentedLM:
         done = 0
         aug = self.aug if augment else self.plain
         shards = mesh_lib.shards(self.mesh, "traces")
-        score = partial(scoring.score_text, aug=aug, dtype=self.dtype, shards=shards)
+        score = partial(scoring.score_text, aug=aug, shards=shards)
         keys = [(1, len(piece)) for piece in pieces]
         size = partial(batching.rows_per_batch, self.mesh, batch_size)
         for chosen in batching.by_shape(keys, size):
@@ -274,7 +271,8 @@ class AugmentedLM:
 
             heads_here = [heads[i] for i in chosen]
             keys_here = [keys[i] for i in chosen]
-            *_, (new_BN, joined) = self._continue(heads_here, keys_here, options, write, stopped)
+            chunks = self._continue(heads_here, keys_here, options, write, stopped)
+            new_BN, joined = deque(chunks, maxlen=1).pop()  # keeps one chunk at a time
             for b, i in enumerate(chosen):
                 joined_here = tuple(one.after for one in joined if one.rows[b])
                 found[i] = Continuation(ends.cut(new_BN[b]), new_BN[b], joined_here)
@@ -354,7 +352,7 @@ class AugmentedLM:
         tails_BMA, inside_BMA = batching.pad_tails(batch, tails, len(length), pad_id, shards)
         aug = self.aug if augment else self.plain
         logp_BMA, likeliest_BMA = scoring.score_tails(
-            self.params, text, length, self._rows(tails_BMA), aug=aug, dtype=self.dtype
+            self.params, text, length, self._rows(tails_BMA), aug=aug
         )
         sums_BM = np.where(inside_BMA, np.asarray(logp_BMA), 0).sum(axis=2)
         return sums_BM, np.all(np.asarray(likeliest_BMA) | ~inside_BMA, axis=2)

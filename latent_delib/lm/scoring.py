@@ -1,10 +1,9 @@
 """Scores given text, with latents and without: logits, log-probabilities.
 
-Every function is compiled once for each shape. `dtype` is the dtype that it computes in.
+Every function is compiled once for each shape.
 """
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,43 +17,40 @@ from latent_delib.nn import transformer
 from latent_delib.nn.transformer import Params
 
 
-@partial(jax.jit, static_argnames=("aug", "dtype"))
+@partial(jax.jit, static_argnames=("aug",))
 def score_vocabulary(
     params: Params,
     tokens_BT: jax.Array,
     *,
     aug: Augmentation,
-    dtype: Any,
 ) -> jax.Array:
     """Returns the plain decoder's logits, float32 [B, T, V]."""
-    text = augment.read_text(aug, params, tokens_BT, jnp.ones_like(tokens_BT), dtype)
+    text = augment.read_text(aug, params, tokens_BT, jnp.ones_like(tokens_BT))
     table_VD = transformer.output_table(params["decoder"])
     return transformer.unembed(table_VD, text.outputs, aug.transformer.config)
 
 
-@partial(jax.jit, static_argnames=("aug", "dtype"))
+@partial(jax.jit, static_argnames=("aug",))
 def write_latents_at(
     params: Params,
     tokens_BT: jax.Array,
     at_BM: jax.Array,
     *,
     aug: Augmentation,
-    dtype: Any,
 ) -> Latents:
     """Writes latents after text tokens `at_BM`, [B, M, L, D]."""
     segment_BT = jnp.ones_like(tokens_BT)
-    text = augment.read_text(aug, params, tokens_BT, segment_BT, dtype)
+    text = augment.read_text(aug, params, tokens_BT, segment_BT)
     return augment.write_latents(aug, params, text, aug.lay_out(tokens_BT, segment_BT, at_BM, 1))
 
 
-@partial(jax.jit, static_argnames=("aug", "dtype", "ahead"))
+@partial(jax.jit, static_argnames=("aug", "ahead"))
 def score_ahead(
     params: Params,
     tokens_BT: jax.Array,
     at_BM: jax.Array,
     *,
     aug: Augmentation,
-    dtype: Any,
     ahead: int,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns log p of the next `ahead` text tokens, by the decoder and with latents.
@@ -62,7 +58,7 @@ def score_ahead(
     Each is float32 [B, M, A].
     """
     segment_BT = jnp.ones_like(tokens_BT)
-    text, text_nll = step.read_step(params, tokens_BT, segment_BT, aug=aug, dtype=dtype)
+    text, text_nll = step.read_step(params, tokens_BT, segment_BT, aug=aug)
     index = at_BM[..., None] + jnp.arange(ahead)
     decoder_BMA = -jnp.take_along_axis(text_nll[:, None], index, axis=2)
     if not aug.writes_latents:
@@ -73,7 +69,7 @@ def score_ahead(
     return decoder_BMA, -nll_BMA
 
 
-@partial(jax.jit, static_argnames=("aug", "dtype"))
+@partial(jax.jit, static_argnames=("aug",))
 def score_tails(
     params: Params,
     text_BT: jax.Array,
@@ -81,7 +77,6 @@ def score_tails(
     tails_BMA: jax.Array,
     *,
     aug: Augmentation,
-    dtype: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """Scores M continuations of each prompt, token by token.
 
@@ -99,7 +94,7 @@ def score_tails(
     table_VD = transformer.output_table(params["decoder"])
     config = aug.transformer.config
     segment_BT = one_segment(text_BT, length_B)
-    text = augment.read_text(aug, params, text_BT, segment_BT, dtype)
+    text = augment.read_text(aug, params, text_BT, segment_BT)
     B, M, A = tails_BMA.shape
     last_B1 = length_B[:, None] - 1
     if not aug.writes_latents:
@@ -126,14 +121,13 @@ def score_tails(
     return jnp.moveaxis(logprobs, 0, 2), jnp.moveaxis(greedy, 0, 2)
 
 
-@partial(jax.jit, static_argnames=("aug", "dtype", "stretch", "shards"))
+@partial(jax.jit, static_argnames=("aug", "stretch", "shards"))
 def score_text(
     params: Params,
     tokens_BT: jax.Array,
     length_B: jax.Array,
     *,
     aug: Augmentation,
-    dtype: Any,
     stretch: int,
     shards: int,
 ) -> jax.Array:
@@ -148,7 +142,7 @@ def score_text(
       shards: parts into which traces are split.
     """
     segment_BT = one_segment(tokens_BT, length_B)
-    text, nll = step.read_step(params, tokens_BT, segment_BT, aug=aug, dtype=dtype)
+    text, nll = step.read_step(params, tokens_BT, segment_BT, aug=aug)
     B, T = tokens_BT.shape
     if not aug.writes_latents:
         return -jnp.sum(nll * (segment_BT[:, 1:] > 0), axis=1)

@@ -1,6 +1,5 @@
 """Asks a model the questions of `data.validation` while it is trained."""
 
-import dataclasses
 import itertools
 from typing import NamedTuple
 
@@ -12,8 +11,7 @@ from latent_delib.delib.augment import assemble
 from latent_delib.delib.methods import METHODS
 from latent_delib.errors import UserError
 from latent_delib.job.experiment import Experiment
-from latent_delib.lm import load
-from latent_delib.lm.load import Decoder
+from latent_delib.lm.load import Coprocessor, Decoder
 from latent_delib.lm.model import AugmentedLM
 from latent_delib.machine import arguments
 from latent_delib.measure import scores, views
@@ -110,10 +108,9 @@ def _model(exp: Experiment, params: Params, has_latents: bool) -> AugmentedLM:
     decoder = Decoder(aug.transformer.config, params["decoder"], exp.tokenizer, fingerprint)
     coprocessor = None
     if has_latents:
-        coprocessor = load.of_record(params["coprocessor"], exp.record, fingerprint)
-        if coprocessor.assistant:
-            assistant = coprocessor.assistant._replace(params=params["assistant"])
-            coprocessor = dataclasses.replace(coprocessor, assistant=assistant)
+        coprocessor = Coprocessor(
+            params["coprocessor"], exp.record, fingerprint, params.get("assistant")
+        )
     attention = exp.config.compute.attention
     return AugmentedLM(
         decoder, coprocessor, mesh=exp.mesh, max_length=arguments.INT32, attention=attention

@@ -73,14 +73,13 @@ def jit_steps(exp: Experiment) -> Steps:
             f"config.evaluate.batch_size={e.batch_size} does not split over {shards} devices"
         )
     terms = tuple(all_terms().items())
-    return _jitted(exp.aug, exp.mesh, exp.dtype, e.num_ahead, e.delay, e.temperature, terms)
+    return _jitted(exp.aug, exp.mesh, e.num_ahead, e.delay, e.temperature, terms)
 
 
 @functools.cache
 def _jitted(
     aug: Augmentation,
     mesh: Mesh,
-    dtype: jnp.dtype,
     num_ahead: int,
     delay: int,
     temperature: float,
@@ -91,7 +90,7 @@ def _jitted(
         return {name: term(aug, *arguments) for name, term in terms}
 
     whole = mesh_lib.replicated(mesh)
-    read = functools.partial(read_step, aug=aug, dtype=dtype, score=score)
+    read = functools.partial(read_step, aug=aug, score=score)
     ahead = functools.partial(ahead_step, aug=aug, num_ahead=num_ahead, delay=delay, score=score)
     return Steps(jax.jit(read, out_shardings=(None, whole)), jax.jit(ahead, out_shardings=whole))
 

@@ -322,5 +322,4 @@ SIZES: dict[str, TransformerConfig] = {
     "gemma2_30m": _size(_GEMMA2, 8, 512, 8, 4, 64, 1792, 4096, window=256),
     # For tests: most features of the architecture in about 50,000 parameters.
     "gemma2_test": _size(_GEMMA2, 4, 32, 4, 2, 16, 48, 97, window=5, query_scale=0.2),
-    "gpt2_test": _size(_GPT2, 2, 32, 4, 4, 8, 128, 97),
 }

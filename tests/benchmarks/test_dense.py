@@ -35,9 +35,7 @@ def test_loss_and_gradient_equal_ours(name, placement, monkeypatch):
     def value_and_gradient(loss):
         def of_coprocessor(trainable):
             all_params = params | {"coprocessor": trainable}
-            return loss(
-                aug, all_params, tokens_BT, segment_BT, at_BM, num_ahead=5, dtype=jnp.float32
-            )
+            return loss(aug, all_params, tokens_BT, segment_BT, at_BM, num_ahead=5)
 
         return jax.jit(jax.value_and_grad(of_coprocessor, has_aux=True))(params["coprocessor"])
 

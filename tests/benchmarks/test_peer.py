@@ -31,7 +31,7 @@ def ours(placement):
 
     def of_coprocessor(trainable):
         params = {"decoder": jax.tree.map(jnp.array, decoder), "coprocessor": trainable}
-        return augment.loss(aug, params, *map(jnp.array, TEXT), num_ahead=A, dtype=jnp.float32)
+        return augment.loss(aug, params, *map(jnp.array, TEXT), num_ahead=A)
 
     (loss, count), gradient = jax.jit(jax.value_and_grad(of_coprocessor, has_aux=True))(coprocessor)
     return float(loss), float(count), jax.device_get(gradient), decoder, coprocessor
@@ -90,9 +90,7 @@ def test_a_decoder_s_loss_and_gradient_equal_ours():
     aug = Augmentation(Transformer(CONFIG), "decoder", num_latents=0)
 
     def of_decoder(tree):
-        return augment.loss(
-            aug, {"decoder": tree}, *map(jnp.array, TEXT), num_ahead=A, dtype=jnp.float32
-        )
+        return augment.loss(aug, {"decoder": tree}, *map(jnp.array, TEXT), num_ahead=A)
 
     (expected_loss, count), gradient = jax.jit(jax.value_and_grad(of_decoder, has_aux=True))(
         decoder

@@ -35,8 +35,8 @@ def setup(config, placement, method="cache_augmentation"):
 @partial(jax.jit, static_argnums=0)
 def loss_and_nll(aug, params, tokens_BT, segment_BT, at_BM, delay_BM):
     """Returns loss, -log p of ahead tokens [B, M, A], weights; one program for each placement."""
-    total = augment.loss(aug, params, tokens_BT, segment_BT, at_BM, A, jnp.float32, delay_BM)
-    text = augment.read_text(aug, params, tokens_BT, segment_BT, jnp.float32)
+    total = augment.loss(aug, params, tokens_BT, segment_BT, at_BM, A, delay_BM)
+    text = augment.read_text(aug, params, tokens_BT, segment_BT)
     traces = aug.lay_out(tokens_BT, segment_BT, at_BM, A, delay_BM)
     out, _ = augment.decode(
         aug, params, augment.write_latents(aug, params, text, traces), text.cache, traces
@@ -121,7 +121,7 @@ def test_a_teacher_that_sees_the_text_which_latents_replace():
 
     @jax.jit
     def student(params):
-        text = augment.read_text(aug, params, TOKENS, SEGMENT, jnp.float32)
+        text = augment.read_text(aug, params, TOKENS, SEGMENT)
         traces = aug.lay_out(TOKENS, SEGMENT, AT, A)
         z = augment.write_latents(aug, params, text, traces)
         return augment.decode(aug, params, z, text.cache, traces)[0]
@@ -222,7 +222,7 @@ def test_packed_documents_equal_each_document_alone(placement):
 def test_visibility_by_gradients(placement):
     """Exactly zero from what a trace must not see, not zero from each thing it sees."""
     aug, params = setup(small.GEMMA, placement)
-    read = jax.jit(lambda p: augment.read_text(aug, p, TOKENS, SEGMENT, jnp.float32))(params)
+    read = jax.jit(lambda p: augment.read_text(aug, p, TOKENS, SEGMENT))(params)
     text = read.cache
     traces = aug.lay_out(TOKENS, SEGMENT, AT, A)
 
@@ -323,7 +323,7 @@ def test_latents_instead_of_steps():
     @jax.jit
     def student(trained):
         own = {"decoder": plain, "coprocessor": trained}
-        text = augment.read_text(aug, own, rows, segment, jnp.float32)
+        text = augment.read_text(aug, own, rows, segment)
         traces = aug.lay_out(rows, segment, at, A)
         z = augment.write_latents(aug, own, text, traces)
         return augment.decode(aug, own, z, text.cache, traces)[0]
@@ -339,7 +339,7 @@ def test_latents_instead_of_steps():
     @partial(jax.value_and_grad, has_aux=True)
     def ours(trained):
         own = {"decoder": plain, "coprocessor": trained}
-        where = (tokens, SEGMENT, QUESTIONS[..., 1], A, jnp.float32)
+        where = (tokens, SEGMENT, QUESTIONS[..., 1], A)
         one = dataclasses.replace(aug, distill=distill)
         return augment.loss(one, own, *where, steps_end=STEPS_END)
 
@@ -367,8 +367,8 @@ def test_a_step_trains_late_latents_and_answers(more):
     key = jax.random.fold_in(jax.random.key(7), 0)
     at = traces_lib.draw(key, tokens, SEGMENT, M, (), steps_end)
     delay = traces_lib.draw_delays(jax.random.fold_in(key, 1), at, more.get("max_delay", 0))
-    total, count = jax.jit(augment.loss, static_argnums=(0, 5, 6, 8, 9))(
-        aug, params, tokens, SEGMENT, at, A, jnp.float32, delay, (), steps_end
+    total, count = jax.jit(augment.loss, static_argnums=(0, 5, 7, 8))(
+        aug, params, tokens, SEGMENT, at, A, delay, (), steps_end
     )
     assert metrics["tokens"] == count and (delay.any() or steps_end)
     np.testing.assert_allclose(metrics["loss"], total / count, rtol=1e-5)
@@ -378,17 +378,9 @@ def test_the_plain_decoder_without_the_steps():
     """Its traces have no latents: what it makes of the question alone."""
     config, tokens = small.GEMMA, questions()
     aug, params = setup(config, "after")
-    total, count = jax.jit(augment.loss, static_argnums=(0, 5, 6, 8, 9))(
-        aug.without_latents,
-        params,
-        tokens,
-        SEGMENT,
-        QUESTIONS[..., 1],
-        A,
-        jnp.float32,
-        0,
-        (),
-        STEPS_END,
+    at = QUESTIONS[..., 1]
+    total, count = jax.jit(augment.loss, static_argnums=(0, 5, 7, 8))(
+        aug.without_latents, params, tokens, SEGMENT, at, A, 0, (), STEPS_END
     )
     expected = 0.0
     for start, trace, first, last in QUESTIONS.reshape(-1, 4)[:3]:
@@ -430,11 +422,11 @@ def test_without_a_coprocessor_the_decoder_is_bit_identical():
         )
         return out[:, 0], kv.k[:, :, 0], kv.v[:, :, 0]
 
-    read = jax.jit(augment.read_text, static_argnums=(0, 4))
+    read = jax.jit(augment.read_text, static_argnums=0)
     expected = plain(params["decoder"])
     alone = Augmentation(Transformer(config), "decoder", 0)
     for one, tree in ((alone, {"decoder": params["decoder"]}), (aug, params)):
-        found = read(one, tree, TOKENS, SEGMENT, jnp.float32)
+        found = read(one, tree, TOKENS, SEGMENT)
         for ours, theirs in zip((found.outputs, found.cache.k, found.cache.v), expected):
             np.testing.assert_array_equal(ours, theirs)
 
@@ -444,8 +436,8 @@ def test_loss_of_a_plain_decoder_is_that_of_all_text():
     config = small.GEMMA
     _, params = setup(config, "after")
     aug = Augmentation(Transformer(config), "decoder", 0, loss_chunk=5)
-    total, tokens = jax.jit(augment.loss, static_argnums=(0, 5, 6))(
-        aug, {"decoder": params["decoder"]}, TOKENS, SEGMENT, AT, A, jnp.float32
+    total, tokens = jax.jit(augment.loss, static_argnums=(0, 5))(
+        aug, {"decoder": params["decoder"]}, TOKENS, SEGMENT, AT, A
     )
     expected = 0.0
     for document in (TOKENS[0, :9], TOKENS[0, 9:], TOKENS[1, :12]):
@@ -461,9 +453,8 @@ def test_a_plain_decoder_learns_what_follows_prompts_alone():
     aug = Augmentation(Transformer(config), "decoder", 0, loss_chunk=5)
     end = (int(TOKENS[0, 2]),)
     assert np.argwhere(TOKENS == end[0]).tolist() == [[0, 2]]
-    total, tokens = augment.loss(
-        aug, {"decoder": params["decoder"]}, TOKENS, SEGMENT, AT, A, jnp.float32, 0, end
-    )
+    params = {"decoder": params["decoder"]}
+    total, tokens = augment.loss(aug, params, TOKENS, SEGMENT, AT, A, 0, end)
     out = naive.text_outputs(config, params["decoder"], TOKENS[0, :9], np.zeros(9))
     expected = naive.nll(config, params["decoder"], out[2:-1], TOKENS[0, 3:9]).sum()
     assert tokens == 6

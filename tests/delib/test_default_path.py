@@ -44,7 +44,7 @@ def test_the_shapes_go_round_every_loop():
 
 def loss_of_coprocessor(aug, coprocessor):
     params = PARAMS | {"coprocessor": coprocessor}
-    return augment.loss(aug, params, TOKENS, SEGMENT, AT, A, jnp.float32)[0]
+    return augment.loss(aug, params, TOKENS, SEGMENT, AT, A)[0]
 
 
 def test_remat_keeps_less():

@@ -9,7 +9,6 @@ with that direction.
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import naive
 import numpy as np
 import pytest
@@ -167,7 +166,7 @@ def test_loss_and_gradient_equal_the_naive_reading(method, family, placement, mo
     @partial(jax.value_and_grad, has_aux=True)
     def loss(trained):
         params = augment.assemble(frozen, trained)
-        return augment.loss(aug, params, TOKENS, SEGMENT, AT, A, jnp.float32)
+        return augment.loss(aug, params, TOKENS, SEGMENT, AT, A)
 
     (total, tokens), gradient = jax.jit(loss)(trained)
     expected = naive_loss(method, config, placement, frozen | trained)

@@ -86,23 +86,6 @@ def test_latents_that_recur_literally():
     check(lay_out("shared", every=2), expected)
 
 
-def test_two_tokens_that_are_read_again_literally(monkeypatch):
-    """A document of one token reads it twice, and nothing of the document before it."""
-    before_two = traces.Placement(lambda L: np.arange(L) - 1, shift=lambda L: L, reread=2)
-    monkeypatch.setitem(traces.PLACEMENTS, "before_two", before_two)
-    expected = traces.Traces(
-        latent_position=[[2, 3], [0, 0]],
-        latent_bounds=bounds([0, 5], [4, 6], 2),
-        position=[[2, 3, 4, 5, 6, 7], [0, 0, 2, 2, 3, 4]],
-        bounds=bounds([0, 5], [2, 5], 6),
-        inputs=[[12, 13, 14, 15], [15, 15, 16, 17]],
-        ahead=[[4, 5, 6], [6, 7, 8]],
-        targets=[[14, 15, 16], [16, 17, 18]],
-        weights=[[1.0, 0, 0], [1, 1, 1]],
-    )
-    check(lay_out("before_two"), expected)
-
-
 @pytest.mark.parametrize("placement", ["after", "overlay"])
 def test_ahead_tokens_behind_steps(placement):
     """The tokens behind the ending, with the positions and the view of those behind the trace."""

@@ -1,5 +1,6 @@
 """Ours, through the importer, against what make_transformers.py and make_deepmind.py stored."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -85,9 +86,7 @@ def test_every_layer(golden):
 
     @jax.jit
     def outputs(decoder):
-        return augment.read_text(
-            aug, {"decoder": decoder}, tokens, np.ones_like(tokens), np.float32
-        ).outputs
+        return augment.read_text(aug, {"decoder": decoder}, tokens, np.ones_like(tokens)).outputs
 
     def first_layers(n):
         """The same decoder, whose layers after the first n add nothing to the residual stream."""
@@ -106,10 +105,9 @@ def test_every_layer(golden):
 def test_latents_and_what_they_do(golden, placement):
     values, decoder, coprocessor = golden
     num_latents = len(values["soft_tokens"])
-    ours = ld.Coprocessor(
-        coprocessor, "cache_augmentation", num_latents, placement, decoder.fingerprint
-    )
-    lm, where = ld.AugmentedLM(decoder, ours), (values["tokens"], values["positions"])
+    start = ld.init_coprocessor(decoder, num_latents, placement)
+    lm = ld.AugmentedLM(decoder, dataclasses.replace(start, params=coprocessor))
+    where = (values["tokens"], values["positions"])
     plain, augmented = lm.ahead_logprobs(*where, values["logprobs.decoder"].shape[-1])
     for name, found in {
         f"latents.{placement}": lm.latents(*where),

@@ -227,7 +227,7 @@ def test_the_loss_without_latents_is_of_the_same_tokens(make_config):
 
     def sums(aug):
         params = augment.assemble(frozen, state.trainable)
-        found = partial(augment.loss, aug, params, num_ahead=3, dtype=exp.dtype)
+        found = partial(augment.loss, aug, params, num_ahead=3)
         return jax.jit(found)(tokens_BT=tokens_BT, segment_BT=segment_BT, at_BM=at_BM)
 
     (loss, count), (plain, same) = sums(exp.aug), sums(exp.aug.without_latents)

@@ -79,8 +79,9 @@ def recurring(decoder):
     """Two trained vectors before the prompt's last token, and before each third one after it."""
     vectors = np.random.default_rng(4).standard_normal((2, decoder.config.embed_dim))
     params = {"soft_tokens": vectors.astype(np.float32)}
-    where = ("latent_tokens", 2, "shared", decoder.fingerprint)
-    return ld.AugmentedLM(decoder, load.Coprocessor(params, *where, every=3))
+    start = ld.init_coprocessor(decoder, 2, "shared")
+    start = small.with_method(start, name="latent_tokens", every=3)
+    return ld.AugmentedLM(decoder, dataclasses.replace(start, params=params))
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +114,8 @@ def naive_logits(lm, prompt, new, delay=0):
     position = np.arange(len(tokens)) + np.where(np.arange(len(tokens)) >= kept, moves, 0)
     position = np.insert(position, kept, naive.latent_position(at, L, placement))
     visible = np.tri(len(position), dtype=bool)
-    if lm.coprocessor.visible_text:
-        visible[kept:, : max(at + 1 - lm.coprocessor.visible_text, 0)] = False
+    if lm.aug.visible_text:
+        visible[kept:, : max(at + 1 - lm.aug.visible_text, 0)] = False
     out = naive.forward(config, [(weights, np.insert(x, kept, z, axis=0))], position, visible)
     # Up to x_at it is the plain decoder that spoke; what follows x_at comes from the last latent or
     # from x_at again.
@@ -187,7 +188,7 @@ def test_latents_again_every_few_tokens(lms, name, every, delay):
 @pytest.mark.parametrize("name, every, delay", [("after", 0, 0), ("overlay", 5, 2)])
 def test_latents_in_place_of_text(decoder, lms, name, every, delay):
     """Once latents have joined, the decoder sees two tokens before them, whatever the length."""
-    short = dataclasses.replace(lms[name].coprocessor, visible_text=2)
+    short = small.with_method(lms[name].coprocessor, visible_text=2)
     lm = ld.AugmentedLM(decoder, short)
     found = lm.generate(PROMPTS, NEW, every=every, delay=delay)
     assert found == [naive_greedy(lm, prompt, delay, every) for prompt in PROMPTS]
@@ -197,7 +198,7 @@ def test_latents_in_place_of_text(decoder, lms, name, every, delay):
 def recurring_logits(lm, tokens, p):
     """Logits after tokens[p] and each one that follows, float64: one dense sequence."""
     soft = lm.coprocessor.params["soft_tokens"]
-    where = (soft, np.array(tokens), p, lm.coprocessor.every)
+    where = (soft, np.array(tokens), p, lm.aug.every)
     out = naive.recurring(lm.decoder.config, lm.decoder.params, *where)
     return naive.logits(lm.decoder.config, lm.decoder.params, out)
 
@@ -703,7 +704,8 @@ def test_what_is_loaded_shows_itself_in_one_line(decoder, lms):
     said += f"of decoder {of})"
     assert repr(lms["after"].coprocessor) == said
     assert repr(lms["after"]) == f"AugmentedLM({decoder}, {lms['after'].coprocessor})"
-    assert "step 7" in repr(dataclasses.replace(lms["after"].coprocessor, step=7))
+    record = dataclasses.replace(lms["after"].coprocessor.record, step=7)
+    assert "step 7" in repr(dataclasses.replace(lms["after"].coprocessor, record=record))
 
 
 def test_the_package_shows_its_interface(monkeypatch):
@@ -714,8 +716,7 @@ def test_the_package_shows_its_interface(monkeypatch):
 
 def test_attention_is_a_choice(decoder, lms, text):
     """In the decoder, in a coprocessor of its own size, and in both beside the decoder."""
-    architecture = dataclasses.replace(decoder.config, num_layers=2)
-    start = dataclasses.replace(lms["overlay"].coprocessor, architecture=architecture)
+    start = small.with_method(lms["overlay"].coprocessor, coprocessor={"num_layers": 2})
     lm = ld.AugmentedLM(decoder, start, None, build.one_device(), attention="reference")
     for aug in (lm.plain, lm.aug, lm.aug_beside):
         assert aug.transformer.form == "reference" and aug.coprocessor in (None, lm.aug.coprocessor)
@@ -970,7 +971,7 @@ MISTAKES = {
     "delay": (lambda lm, d: lm.generate(["a"], delay=-1), "delay=-1: expected at least 0"),
     "keys that are late": (
         lambda lm, d: ld.AugmentedLM(
-            d, dataclasses.replace(ld.init_coprocessor(d, L, "overlay"), method="inserted")
+            d, small.with_method(ld.init_coprocessor(d, L, "overlay"), name="inserted")
         ).generate(["a"], delay=1),
         "^delay=1: method 'inserted' writes keys",
     ),

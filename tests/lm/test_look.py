@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import naive
 import numpy as np
 import pytest
+import small
 
 import latent_delib as ld
 from latent_delib.delib import augment
@@ -70,9 +71,8 @@ def test_attention_is_that_of_the_naive_reading(decoder, tokens, placement, monk
 
 def test_a_method_without_a_coprocessor(decoder, tokens):
     soft = METHODS["pause_tokens"].init(jax.random.key(0), decoder.params, None, L)["coprocessor"]
-    lm = ld.AugmentedLM(
-        decoder, ld.Coprocessor(soft, "pause_tokens", L, "after", decoder.fingerprint)
-    )
+    start = small.with_method(ld.init_coprocessor(decoder, L), name="pause_tokens")
+    lm = ld.AugmentedLM(decoder, dataclasses.replace(start, params=soft))
     written, decoded = look.attention(lm, tokens, AT)
     assert written is None and decoded.weights.shape[-2:] == (
         LENGTH - AT - 2 + L,
@@ -100,9 +100,7 @@ def test_the_calls_of_every_method(decoder, name):
         params = augment.assemble({"decoder": weights, "assistant": weights}, tree)
         text = jnp.zeros((1, LENGTH), jnp.int32)
         ahead = LENGTH - 1 - AT
-        return look._called(
-            params, text, jnp.array([[AT]]), aug=aug, dtype=jnp.float32, ahead=ahead
-        )
+        return look._called(params, text, jnp.array([[AT]]), aug=aug, ahead=ahead)
 
     called = jax.eval_shape(call, jax.random.key(0), decoder.params)
     assert len(called) == (1 if name in IN_ONE_CALL else 2)

@@ -23,10 +23,10 @@ def test_gradients_of_both_tables_are_those_of_plain_autodiff():
     segment = np.ones_like(TOKENS)
 
     def ours(decoder):
-        return augment.loss(aug, {"decoder": decoder}, TOKENS, segment, None, 0, jnp.float32)[0]
+        return augment.loss(aug, {"decoder": decoder}, TOKENS, segment, None, 0)[0]
 
     def plain(decoder):
-        text = augment.read_text(aug, {"decoder": decoder}, TOKENS, segment, jnp.float32)
+        text = augment.read_text(aug, {"decoder": decoder}, TOKENS, segment)
         logits = transformer.unembed(decoder["head"], text.outputs[:, :-1], config)
         return -jnp.sum(
             jnp.take_along_axis(jax.nn.log_softmax(logits), TOKENS[:, 1:, None], axis=-1)

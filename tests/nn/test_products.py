@@ -36,7 +36,7 @@ def loss(params, aug, dtype):
     params = jax.tree.map(lambda x: x.astype(dtype), params)
     decoder = lora.lay_over(params["decoder"], params.get("adapters", {}))
     tokens, at = jnp.zeros((2, 40), jnp.int32), jnp.zeros((2, 8), jnp.int32)
-    return augment.loss(aug, params | {"decoder": decoder}, tokens, tokens + 1, at, A, dtype)[0]
+    return augment.loss(aug, params | {"decoder": decoder}, tokens, tokens + 1, at, A)[0]
 
 
 @pytest.mark.parametrize("method, form", [("resized", "xla"), ("decoder", "reference")])
