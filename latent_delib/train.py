@@ -120,7 +120,7 @@ def run(exp: Experiment, workdir: str, stop: Stop) -> int:
     # Set up: shapes, then shardings, then sharded arrays, so that none is ever whole on a device.
     plan = planning.make(exp)
     say(planning.summary(exp, plan))
-    text = batches.Training(exp.config.data, str(exp.tokenizer.path))
+    text = batches.Training(exp.config.data, exp.tokenizer)
     record = record_with_data(exp, text)
     checkpoints = Checkpoints(workdir, t.keep, t.keep_every, t.keep_best)
 

@@ -375,8 +375,8 @@ def test_what_a_run_leaves(trained, make_config):
         assert key.encode() in events[0].read_bytes()
     assert sorted(p.name for p in (trained / "checkpoints").iterdir()) == ["2", "4"]
     meta = workdirs.meta_of(trained)
-    tokenizer_path = meta["config"]["decoder"]["path"] + "/tokenizer.model"
-    data = batches.Training(make_config().data, tokenizer_path).fingerprint()
+    tokenizer = Tokenizer(meta["config"]["decoder"]["path"] + "/tokenizer.model")
+    data = batches.Training(make_config().data, tokenizer).fingerprint()
     assert (meta["step"], meta["data"]) == (4, {"seed": 0, "fingerprint": data})
     assert meta["config"]["method"]["num_latents"] == 2
     decoder = locate.find_decoder(meta["config"]["decoder"]["path"])

@@ -297,7 +297,7 @@ def first_loss(config, coprocessor):
         plan.optimizer.tx.init, out_shardings=planning.shardings_of(plan.state.opt_state)
     )(trainable)
     step = jax.device_put(np.int32(0), plan.state.step.sharding)
-    text = batches.Training(config.data, str(exp.tokenizer.path))
+    text = batches.Training(config.data, exp.tokenizer)
     rows = next(text.batches(batch_size=config.train.batch_size, seed=config.seed))
     batch = mesh_lib.place_rows(exp.mesh, rows, config.train.batch_size)
     compiled = planning.compile_step(exp, plan)

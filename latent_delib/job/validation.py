@@ -98,9 +98,7 @@ def read_held_out(exp: Experiment) -> Placed:
     """
     c = exp.config
     B = c.train.batch_size
-    rows = batches.validation_rows(
-        c.data, tokenizer_path=str(exp.tokenizer.path), count=BATCHES * B
-    )
+    rows = batches.validation_rows(c.data, tokenizer=exp.tokenizer, count=BATCHES * B)
     digest = hashlib.sha256(rows["tokens"]).hexdigest()
     distributed.check_same(**{"validation text": digest})
     here = mesh_lib.local_rows(exp.mesh, B)

@@ -33,7 +33,7 @@ MANY = {"method.num_traces": 20, "seed": 3}  # not the default: text, traces and
 
 def first_batches(exp, count):
     c = exp.config
-    text = batches.Training(c.data, str(exp.tokenizer.path))
+    text = batches.Training(c.data, exp.tokenizer)
     found = text.batches(batch_size=c.train.batch_size, seed=c.seed)
     return list(itertools.islice(found, count))
 
