@@ -44,7 +44,6 @@ from latent_delib.weights import (
     tensors,
     tokenizer_files,
 )
-from latent_delib.weights.imported import DTYPES
 from latent_delib.weights.source import Source
 from latent_delib.weights.tensors import TensorFile
 
@@ -80,14 +79,12 @@ def convert(
     Raises:
       UserError: anything wrong with source or arguments, in most cases before a weight is read.
     """
-    choices = {"to": (to, FORMS), "dtype": (dtype, ("", *DTYPES)), "size": (size, ("", *SIZES))}
+    choices = {"to": (to, FORMS), "dtype": (dtype, ("", *build.DTYPES)), "size": (size, ("", *SIZES))}
     for flag, (value, allowed) in choices.items():
         if value not in allowed:
             raise UserError(
                 f"--{flag}={value!r}: expected one of {', '.join(filter(None, allowed))}"
             )
-    if "://" in source:
-        raise UserError(f"--source={source}: expected a local path; download it, and name that")
     files.check_free(Path(out))
     wanted = SIZES[size] if size else None
     where = locate.local_path(source)
@@ -146,8 +143,6 @@ def convert_theirs(
     if tokenizer:
         Tokenizer(tokenizer)  # raises an error that names the given file, not its copy
         write_tokenizer = partial(tokenizer_files.copy_tokenizer, Path(tokenizer))
-    if write_tokenizer is None:
-        raise UserError(f"{source.where}: has no tokenizer; give one with --tokenizer=PATH")
     write_tokenizer(out)
     imported.check_vocabulary(source, Tokenizer(tokenizer_files.tokenizer_path(out)).vocab_size)
     folder.write_model(out, config, entries, progress(chunks, entries))
@@ -166,7 +161,7 @@ def convert_ours(
     file = folder.open_tensors(where, config)
     tokenizer = tokenizer_files.tokenizer_path(where)
     tokenizer_files.copy_tokenizer(tokenizer, out)
-    dtypes = dict.fromkeys(file.dtypes, DTYPES[dtype]) if dtype else file.dtypes
+    dtypes = dict.fromkeys(file.dtypes, np.dtype(dtype)) if dtype else file.dtypes
     if to == "huggingface":
         return _write_huggingface(file, config, dtypes, Tokenizer(tokenizer), out)
     leaves = folder.by_name(folder.shapes(config))
@@ -197,7 +192,7 @@ def _write_huggingface(
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     if tokenizer.pad_id in tokenizer.control.values():  # others would show in decoded text
         ids["pad_token_id"] = tokenizer.pad_id
-    dtype = "float32" if DTYPES["float32"] in dtypes.values() else "bfloat16"
+    dtype = "float32" if np.dtype("float32") in dtypes.values() else "bfloat16"
     fields = huggingface.config_json(config, dtype, ids)
     (out / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
     if (out / "tokenizer.model").is_file():

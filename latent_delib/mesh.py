@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from latent_delib.errors import UserError
 from latent_delib.machine import arguments
+from latent_delib.machine.contents import by_name
 from latent_delib.nn.layers import Axes, contracted
 from latent_delib.nn.products import matmul
 
@@ -368,8 +369,7 @@ def split(mesh: Mesh) -> Callable[[Callable, Any, Any], Callable]:
 def table(tree: Any) -> str:
     """Returns one line per leaf of a tree that carries shardings: name, shape, spec."""
     lines = []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
+    for name, leaf in by_name(tree).items():
         shape = "x".join(map(str, leaf.shape))
         lines.append(f"  {name:<44} {shape:<20} {leaf.sharding.spec}")
     return "\n".join(lines)

@@ -11,7 +11,6 @@ to, what attends to them, and the words nearest to them. The same runs give the 
 byte.
 """
 
-import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -51,8 +50,7 @@ class Look(NamedTuple):
 
 
 def main(flags: Any) -> None:
-    if os.path.isfile(flags.out):
-        raise UserError(f"--out={flags.out}: is a file, expected a folder")
+    files.check_writable(flags.out)
     if flags.text != TEXT and not flags.look:
         raise UserError("--text needs --look=WORKDIR")
     figures.pyplot()  # refuses before any work where matplotlib is not installed

@@ -120,7 +120,7 @@ def run(exp: Experiment, workdir: str, stop: Stop) -> int:
     # Set up: shapes, then shardings, then sharded arrays, so that none is ever whole on a device.
     plan = planning.make(exp)
     say(planning.summary(exp, plan))
-    text = batches.Training(exp.config.data, str(exp.tokenizer.path))
+    text = batches.Training(exp.config.data, exp.tokenizer)
     record = record_with_data(exp, text)
     checkpoints = Checkpoints(workdir, t.keep, t.keep_every, t.keep_best)
 
@@ -144,10 +144,10 @@ def run(exp: Experiment, workdir: str, stop: Stop) -> int:
     # Compile.
     metrics = Metrics(exp, workdir, first, plan.optimizer.learning_rate)
     began = time.perf_counter()
-    validation = answers = None
+    measures: list[Validation | Answers] = []
     if t.validate_every:
-        validation = Validation(exp, plan, held_out_batches, frozen, state.trainable)
-        answers = Answers(exp, asked, frozen)
+        measures.append(Validation(exp, plan, held_out_batches, frozen, state.trainable))
+        measures.append(Answers(exp, asked, frozen))
     train_step = planning.compile_step(exp, plan)
     say(f"compiled in {time.perf_counter() - began:.1f} s")
 
@@ -162,10 +162,11 @@ def run(exp: Experiment, workdir: str, stop: Stop) -> int:
         stop_votes = vote(bool(stop.by))
         batch = mesh_lib.place_rows(exp.mesh, local, t.batch_size)
         state, values = train_step(state, frozen, batch)
-        held_out = {}
-        if validation and answers and validation.is_due(step):
+        held_out: dict[str, float] = {}
+        if measures and (step % t.validate_every == 0 or step == t.steps):
             with metrics.paused(values):
-                held_out = validation(state.trainable) | answers(state.trainable)
+                for measure in measures:
+                    held_out |= measure(state.trainable)
         metrics.push(step, values, held_out)
         if t.profile_at > first:
             trace_steps(t.profile_at, step, values, workdir)

@@ -101,7 +101,7 @@ def trained_on(config, devices):
     plan = planning.make(exp)
     state, frozen = train.place_state(exp, plan, None)
     before = jax.tree.map(np.array, frozen)
-    text = batches.Training(config.data, str(exp.tokenizer.path))
+    text = batches.Training(config.data, exp.tokenizer)
     rows = text.batches(batch_size=config.train.batch_size, seed=config.seed)
     step = planning.compile_step(exp, plan)
     metrics = []

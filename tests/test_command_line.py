@@ -163,6 +163,7 @@ def test_a_leading_tilde_is_the_home_folder(parsed, command, monkeypatch):
         "--config.method.start=~/run/checkpoints/1",
         "--config.data.sources=('files:~/a/*.txt', 'lines:~/b', 'files:a~/~')",
         "--config.data.token_files=~",
+        "--config.method.prompt_end=~",
         "--workdir=~/run",
         "--prompt=~/bin is",
         "--text=qa_steps-1:~/q.jsonl",
@@ -185,6 +186,7 @@ def test_a_leading_tilde_is_the_home_folder(parsed, command, monkeypatch):
         "/home/me/run",
         "~/bin is",
     )
+    assert config.method.prompt_end == "~", "a text"
     found = []
     command(found.append, "~/a", "b", folders=(FOLDERS, ""))
     assert found[0].folders == ["/home/me/a", "b"]

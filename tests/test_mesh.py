@@ -14,7 +14,6 @@ from jax.sharding import PartitionSpec as P
 from latent_delib import mesh as mesh_lib
 from latent_delib.delib.coprocessor import AXES
 from latent_delib.errors import UserError
-from latent_delib.job import parameters
 from latent_delib.nn.layers import FEATURES, PARAM_AXES, TRACES
 from latent_delib.nn.sizes import SIZES
 from latent_delib.weights import folder
@@ -134,6 +133,15 @@ def test_where_every_parameter_of_a_decoder_lies():
     assert soft["soft_tokens"].spec == P(None, WIDTH)
 
 
+def placed(mesh, shapes):
+    """Shapes of parameters with their shardings."""
+
+    def one(x, sharding):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree.map(one, shapes, mesh_lib.parameters(mesh, shapes, PARAM_AXES))
+
+
 def test_rows_lie_on_data_and_fsdp_and_a_replica_is_whole():
     mesh, x = mesh_lib.make(TENSOR), np.arange(32).reshape(8, 4)
     rows = jax.device_put(x, mesh_lib.rows(mesh))
@@ -148,7 +156,7 @@ def test_optimizer_leaves_lie_as_what_they_have_of_their_parameter():
         "gate": jax.ShapeDtypeStruct((3, 256, 128), np.float32),
         "scale": jax.ShapeDtypeStruct((3, 256), np.float32),
     }
-    trainable = parameters.placed(shapes, mesh_lib.parameters(mesh, shapes, PARAM_AXES))
+    trainable = placed(mesh, shapes)
     _, moments, _ = mesh_lib.optimizer_state(mesh, optax.adamw(1e-3), trainable)[0]
     assert {name: leaf.sharding.spec for name, leaf in moments.items()} == {
         "gate": P(None, WIDTH, "tensor"),
@@ -177,10 +185,8 @@ def test_constrain_places_activations():
 
 def test_table_names_every_parameter_once():
     shapes = folder.shapes(SIZES["gemma2_test"])
-    shardings = mesh_lib.parameters(mesh_lib.make(sizes(data=-1)), shapes, PARAM_AXES)
-    lines = [
-        line.split() for line in mesh_lib.table(parameters.placed(shapes, shardings)).splitlines()
-    ]
+    table = mesh_lib.table(placed(mesh_lib.make(sizes(data=-1)), shapes))
+    lines = [line.split() for line in table.splitlines()]
     assert len(lines) == len(jax.tree.leaves(shapes))
     assert ["layers.mlp.down", "4x48x32", "P(None,", "'tensor',", "('fsdp',", "'traces'))"] in lines
 

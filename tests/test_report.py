@@ -877,8 +877,9 @@ def test_the_command_line(found, tmp_path, monkeypatch, capsys):
     )
     assert error("runs", out, "--text=a") == "error: --text needs --look=WORKDIR"
     (tmp_path / "file").write_text("")
-    in_file = f"--out={tmp_path / 'file'}"
-    assert error("runs", in_file) == f"error: {in_file}: is a file, expected a folder"
+    in_file = tmp_path / "file"
+    said = error("runs", f"--out={in_file}")
+    assert said == f"error: {in_file}: is a file, expected a folder"
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(sys, "argv", ["report", "--help"])
     monkeypatch.delitem(sys.modules, "latent_delib.report", raising=False)

@@ -19,6 +19,7 @@ import pytest
 import small
 import workdirs
 
+import latent_delib as ld
 from latent_delib import train
 from latent_delib.data import batches
 from latent_delib.data.tokenizer import Tokenizer
@@ -347,8 +348,7 @@ def test_a_workdir_in_cloud_storage(trained, tiny, tmp_path):
     for name, content in decoder.items():
         (tmp_path / "decoder" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "decoder" / name).write_bytes(content)
-    where = locate.find_decoder(str(tmp_path / "decoder"))
-    folder.load(where, folder.read_config(where), np.float32)
+    ld.load_decoder(tmp_path / "decoder")
     assert any(name.endswith(".xplane.pb") for name in files)
     assert not list(tmp_path.glob("gs:*"))
 
@@ -375,8 +375,8 @@ def test_what_a_run_leaves(trained, make_config):
         assert key.encode() in events[0].read_bytes()
     assert sorted(p.name for p in (trained / "checkpoints").iterdir()) == ["2", "4"]
     meta = workdirs.meta_of(trained)
-    tokenizer_path = meta["config"]["decoder"]["path"] + "/tokenizer.model"
-    data = batches.Training(make_config().data, tokenizer_path).fingerprint()
+    tokenizer = Tokenizer(meta["config"]["decoder"]["path"] + "/tokenizer.model")
+    data = batches.Training(make_config().data, tokenizer).fingerprint()
     assert (meta["step"], meta["data"]) == (4, {"seed": 0, "fingerprint": data})
     assert meta["config"]["method"]["num_latents"] == 2
     decoder = locate.find_decoder(meta["config"]["decoder"]["path"])
@@ -423,12 +423,12 @@ def test_a_trained_decoder_is_exported(
     architecture = folder.read_config(where)
     assert architecture == folder.read_config(decoder_folder)
     assert set(folder.open_tensors(where, architecture).dtypes.values()) == {jnp.dtype("bfloat16")}
-    exported = folder.load(where, architecture, jnp.bfloat16)
+    exported = ld.load_decoder(where, jnp.bfloat16).params
     weights = workdirs.weights_of(tmp_path, 4)["decoder"]
     jax.tree.map(
         lambda x, y: np.testing.assert_array_equal(x, y.astype(jnp.bfloat16)), exported, weights
     )
-    original = folder.load(decoder_folder, architecture, np.float32)
+    original = ld.load_decoder(decoder_folder).params
     assert np.abs(original["embedding"] - weights["embedding"]).max() > 1e-3
     assert Tokenizer(where / "tokenizer.model").vocab_size == Tokenizer(tokenizer_path).vocab_size
 

@@ -37,19 +37,19 @@ class Training:
 
     Args:
       data: config.data.
-      tokenizer_path: the tokenizer's file.
+      tokenizer: the job's tokenizer.
 
     Raises:
       UserError: token files have no meta.json, or do not fit `data`.
     """
 
-    def __init__(self, data: Any, tokenizer_path: str):
-        self.tokenizer_path = tokenizer_path
+    def __init__(self, data: Any, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
         if data.token_files:
             from latent_delib.data import token_files as route
         else:
             from latent_delib.data import tasks as route  # imports TensorFlow
-        self.text = route.Training(data, tokenizer_path)
+        self.text = route.Training(data, tokenizer)
 
     def fingerprint(self) -> dict[str, str]:
         """Returns a fingerprint of the training data: the name of a part -> its digest or version.
@@ -67,7 +67,7 @@ class Training:
         Raises:
           UserError: text is missing or cannot be read.
         """
-        tokenizer = fingerprint_of_tokenizer(self.tokenizer_path)
+        tokenizer = fingerprint_of_tokenizer(self.tokenizer.path)
         return {"tokenizer": tokenizer} | self.text.fingerprint()
 
     def batches(
@@ -106,7 +106,7 @@ class Training:
 
 
 def validation_documents(
-    data: Any, *, tokenizer_path: str, sources: Iterable[str] | None = None
+    data: Any, *, tokenizer: Tokenizer, sources: Iterable[str] | None = None
 ) -> Iterator[Document]:
     """Returns every document of held-out text once, in a fixed order.
 
@@ -114,7 +114,7 @@ def validation_documents(
 
     Args:
       data: config.data.
-      tokenizer_path: the tokenizer's file.
+      tokenizer: the job's tokenizer.
       sources: sources among `data.validation`; None: all of them.
 
     Raises:
@@ -125,10 +125,10 @@ def validation_documents(
     else:
         from latent_delib.data import text as route
     wanted = data.validation if sources is None else sources
-    return route.validation_documents(data, wanted, tokenizer_path)
+    return route.validation_documents(data, wanted, tokenizer)
 
 
-def validation_rows(data: Any, *, tokenizer_path: str, count: int) -> dict[str, np.ndarray]:
+def validation_rows(data: Any, *, tokenizer: Tokenizer, count: int) -> dict[str, np.ndarray]:
     """Returns rows of held-out text, always the same rows, packed as training rows are.
 
     Each source of `data.validation` gives an equal share of the rows, evenly spaced over its
@@ -137,7 +137,7 @@ def validation_rows(data: Any, *, tokenizer_path: str, count: int) -> dict[str, 
 
     Args:
       data: config.data.
-      tokenizer_path: the tokenizer's file.
+      tokenizer: the job's tokenizer.
       count: how many rows; where sources are short, the last rows are padding.
 
     Returns:
@@ -146,13 +146,12 @@ def validation_rows(data: Any, *, tokenizer_path: str, count: int) -> dict[str, 
     Raises:
       UserError: sources are missing, empty or do not fit `data`.
     """
-    tokenizer = Tokenizer(tokenizer_path)
     spread = max(1, min(SPREAD, MOST_READ // count))
     share, more = divmod(count, len(data.validation))
     shares = [share + (number < more) for number in range(len(data.validation))]
     taken: list[np.ndarray] = []
     for source, share in zip(data.validation, shares):
-        documents = validation_documents(data, tokenizer_path=tokenizer_path, sources=[source])
+        documents = validation_documents(data, tokenizer=tokenizer, sources=[source])
         parts = packed(
             (document.tokens for document in documents),
             length=data.seq_len,

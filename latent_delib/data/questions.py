@@ -50,12 +50,15 @@ class Question(NamedTuple):
         """Returns the text that asks the question."""
         return f"{self.question}\n{PROMPT_END}"
 
-    def reply(self, with_steps: bool, removed: int = 0) -> str:
-        """Returns the text after the prompt, on one line, without the first `removed` steps."""
-        return "".join(self.parts(with_steps, removed)[1:])
+    def reply(self, with_steps: bool) -> str:
+        """Returns the text after the prompt, on one line."""
+        return "".join(self.parts(with_steps)[1:])
 
     def parts(self, with_steps: bool, removed: int = 0) -> list[str]:
-        """Returns prompt and reply, divided into the parts that are tokenized separately."""
+        """Returns prompt and reply, divided into the parts that are tokenized separately.
+
+        removed: how many steps, from the first on, are left out.
+        """
         parts = [self.prompt()]
         if with_steps:
             steps = [line for line in self.steps.split("\n") if line.strip()]

@@ -102,9 +102,9 @@ class Training:
     Every process runs the whole pipeline and keeps its own rows.
     """
 
-    def __init__(self, data: Any, tokenizer_path: str):
+    def __init__(self, data: Any, tokenizer: Tokenizer):
         self.data = data
-        self.tokenizer = Tokenizer(tokenizer_path)
+        self.tokenizer = tokenizer
         self.readers = list(map(text.open_source, data.sources))
 
     def fingerprint(self) -> dict[str, str]:

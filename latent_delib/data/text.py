@@ -165,11 +165,10 @@ def check_texts(readers: Iterable[Reader], tokenizer: Tokenizer, bad: BadRecords
 
 
 def validation_documents(
-    data: Any, sources: Iterable[str], tokenizer_path: str
+    data: Any, sources: Iterable[str], tokenizer: Tokenizer
 ) -> Iterator[Document]:
     """Implements `batches.validation_documents` for text."""
     bad = BadRecords(data.max_bad_records)
-    tokenizer = Tokenizer(tokenizer_path)
     readers = list(map(open_source, sources))
     check_texts(readers, tokenizer, bad)
     of_each = (documents(reader, tokenizer, bad) for reader in readers)

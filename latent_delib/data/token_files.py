@@ -28,7 +28,7 @@ import tensorstore as ts
 
 from latent_delib.data.order import VERSION, Order, shares
 from latent_delib.data.rows import BadRecords, Document, map_in_threads, packed, segments
-from latent_delib.data.tokenizer import fingerprint
+from latent_delib.data.tokenizer import Tokenizer, fingerprint
 from latent_delib.errors import UserError, reason, store_error
 
 FORMAT = 3
@@ -275,7 +275,7 @@ class Stored(NamedTuple):
 
 
 def _open(
-    data: Any, split: str, sources: Iterable[str], tokenizer_path: str
+    data: Any, split: str, sources: Iterable[str], tokenizer: Tokenizer
 ) -> tuple[dict, list[Stored]]:
     """Checks that token files fit the config; returns meta.json, and sources of the config."""
     where = data.token_files.rstrip("/")
@@ -285,7 +285,7 @@ def _open(
             f"config.data.token_files: no {where}/meta.json, which is written last; "
             f"run python -m latent_delib.prepare with --out={where} to its end"
         )
-    _check_fits(meta, where, data.seq_len, tokenizer_path)
+    _check_fits(meta, where, data.seq_len, tokenizer)
     numbers = {entry["source"]: number for number, entry in enumerate(meta[split])}
     found = []
     for source in sources:
@@ -299,7 +299,7 @@ def _open(
     return meta, found
 
 
-def _check_fits(meta: dict, where: str, seq_len: int, tokenizer_path: str) -> None:
+def _check_fits(meta: dict, where: str, seq_len: int, tokenizer: Tokenizer) -> None:
     """Raises UserError for token files of another format, row length or tokenizer."""
     if meta["format"] != FORMAT:
         raise UserError(
@@ -311,11 +311,11 @@ def _check_fits(meta: dict, where: str, seq_len: int, tokenizer_path: str) -> No
             f"config.data.token_files: {where} has rows of {meta['seq_len']} tokens, "
             f"config.data.seq_len is {seq_len}; prepare token files of that length, or change it"
         )
-    found = fingerprint(tokenizer_path)
+    found = fingerprint(tokenizer.path)
     if found != meta["tokenizer_sha256"]:
         raise UserError(
             f"config.data.token_files: {where} was prepared with tokenizer sha256 "
-            f"{meta['tokenizer_sha256']}, {tokenizer_path} has {found}; "
+            f"{meta['tokenizer_sha256']}, {tokenizer.path} has {found}; "
             "use that one (config.decoder.tokenizer), or prepare with this one"
         )
 
@@ -323,9 +323,9 @@ def _check_fits(meta: dict, where: str, seq_len: int, tokenizer_path: str) -> No
 class Training:
     """Implements `batches.Training` with token files; reads only the wanted rows of each batch."""
 
-    def __init__(self, data: Any, tokenizer_path: str):
+    def __init__(self, data: Any, tokenizer: Tokenizer):
         self.data = data
-        self.meta, self.stored = _open(data, "train", data.sources, tokenizer_path)
+        self.meta, self.stored = _open(data, "train", data.sources, tokenizer)
 
     def fingerprint(self) -> dict[str, str]:
         """Returns the version of the row order, and digests of meta.json and its entry per source.
@@ -362,17 +362,18 @@ class Training:
 
 
 def validation_documents(
-    data: Any, sources: Iterable[str], tokenizer_path: str
+    data: Any, sources: Iterable[str], tokenizer: Tokenizer
 ) -> Iterator[Document]:
     """Implements `batches.validation_documents` for token files."""
-    meta, stored = _open(data, "validation", sources, tokenizer_path)
+    meta, stored = _open(data, "validation", sources, tokenizer)
     bad = BadRecords(data.max_bad_records)
 
     def documents() -> Iterator[Document]:
         for source, _, path, entry in stored:
             tokens = _open_array(f"{path}/tokens", (entry["tokens"],))
             offsets = _numbers(f"{path}/offsets", entry["documents"] + 1)
-            works = _works(path, entry)
+            names = [*entry["works"], ""]  # index -1 is the last, ""
+            works = [names[number] for number in _numbers(f"{path}/work", entry["documents"])]
             for i, (begin, end) in enumerate(itertools.pairwise(offsets)):
                 where = f"{path}: document {i}"
                 found = _tokens(tokens[begin:end].read(), where, meta["vocab_size"], bad)
@@ -385,12 +386,6 @@ def validation_documents(
 def _numbers(path: str, length: int) -> np.ndarray:
     """Reads a whole array, int64 [length]."""
     return _done(_open_array(path, (length,)).read(), path)
-
-
-def _works(path: str, entry: dict) -> list[str]:
-    """Reads the work of each document of a validation source, as in `Document`."""
-    names = [*entry["works"], ""]  # index -1 is the last, ""
-    return [names[number] for number in _numbers(f"{path}/work", entry["documents"])]
 
 
 def _digest(value: Any) -> str:

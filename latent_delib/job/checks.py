@@ -63,8 +63,7 @@ def check(config: ConfigDict) -> None:
     _check_train(config.train)
     _check_method(config.method)
     _check_distill(config.method)
-    _check_evaluate(config.evaluate)
-    _check_controls(config)
+    _check_evaluate(config)
     _check_trace_length(config)
 
 
@@ -254,7 +253,8 @@ def _check_moved(key: str, value: Any, method: str) -> None:
         )
 
 
-def _check_evaluate(e: ConfigDict) -> None:
+def _check_evaluate(config: ConfigDict) -> None:
+    e = config.evaluate
     longest = e.max_length - 2
     if e.delay > longest:
         raise UserError(
@@ -272,13 +272,9 @@ def _check_evaluate(e: ConfigDict) -> None:
         raise UserError(
             f"config.evaluate.swap: evaluate.batch_size={e.batch_size}, expected at least 2"
         )
-
-
-def _check_controls(config: ConfigDict) -> None:
-    """Raises UserError for a control of evaluation that the method's latents do not allow."""
     for key in ("swap", "delay"):
-        if config.evaluate[key]:
-            _check_moved(f"evaluate.{key}", config.evaluate[key], config.method.name)
+        if e[key]:
+            _check_moved(f"evaluate.{key}", e[key], config.method.name)
 
 
 def _check_trace_length(config: ConfigDict) -> None:

@@ -59,7 +59,7 @@ def dry_run(config: ConfigDict, workdir: str, topology: str = "") -> dict[str, A
         **needs(exp, plan, compiled),
     }
     print(show(result), flush=True)
-    print(note_on_attention(exp, topology), end="", flush=True)
+    print(note_on_attention(result["attention"], config, topology), end="", flush=True)
     text = json.dumps(result | {"config": exp.record.config}, indent=2)
     files.write(epath.Path(workdir) / "dry_run.json", f"{text}\n".encode())
     return result
@@ -166,10 +166,9 @@ def held(exp: Experiment, plan: Plan) -> dict[str, float]:
     }
 
 
-def note_on_attention(exp: Experiment, topology: str) -> str:
+def note_on_attention(form: str, config: ConfigDict, topology: str) -> str:
     """Returns a line on the form of attention that was compiled for a slice; "" if none is due."""
-    form = exp.aug.transformer.form
-    if not topology or form == "xla" or exp.config.compute.attention != "auto":
+    if not topology or form == "xla" or config.compute.attention != "auto":
         return ""
     return (
         f"compiled with attention {form}: with config.compute.attention=auto a job takes it only "

@@ -87,12 +87,7 @@ def read(config: ConfigDict, devices: Sequence[Any] | None = None) -> Experiment
         with suppress(UserError):  # `parameters.open_start` says why, once the start is needed
             _, meta = build.open_start(config.method.start)
             record = dataclasses.replace(record, start=build.start_fingerprint(meta))
-    coprocessor = build.own_architecture(record, architecture)
     mesh = mesh_lib.make(config.mesh, devices)
-    _check_splits(config, mesh, architecture, "the decoder")
-    if coprocessor is not None:
-        owner = "the coprocessor" if assistant is None else "the assistant"
-        _check_splits(config, mesh, coprocessor, owner)
 
     def model(architecture: TransformerConfig) -> transformer.Transformer:
         c = config.compute
@@ -100,6 +95,10 @@ def read(config: ConfigDict, devices: Sequence[Any] | None = None) -> Experiment
 
     aug = build.augmentation(record, architecture, model)
     aug = dataclasses.replace(aug, loss_chunk=config.compute.loss_chunk)
+    _check_splits(config, mesh, architecture, "the decoder")
+    if aug.coprocessor is not None:
+        owner = "the coprocessor" if assistant is None else "the assistant"
+        _check_splits(config, mesh, aug.coprocessor.config, owner)
     _check_positions(config, aug)
     return Experiment(
         config=config,

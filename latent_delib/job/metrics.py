@@ -18,8 +18,8 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from latent_delib.delib import cost
 from latent_delib.errors import UserError, store_errors
+from latent_delib.job import estimate
 from latent_delib.job.experiment import Experiment
 from latent_delib.job.wandb_run import WandbRun
 from latent_delib.machine import chips, files
@@ -69,12 +69,8 @@ class Metrics:
         # Computed now: during training the device would answer only after the step that is running.
         self.learning_rates = np.asarray(jax.vmap(learning_rate)(np.arange(t.steps)))
         self.tokens = t.batch_size * c.data.seq_len
-        counted = cost.step_flops(
-            exp.aug, t.batch_size, c.data.seq_len, c.method.num_traces, c.method.num_ahead
-        )
-        self.flops = counted.useful
-        peak = chips.chip_of(jax.devices()[0]).peak or math.nan
-        self.peak = peak * jax.device_count()
+        self.flops = estimate.step_flops(exp)["useful"]  # of a device
+        self.peak = chips.chip_of(jax.devices()[0]).peak or math.nan
         self.pending: tuple[int, dict[str, jax.Array], dict[str, float]] | None = None
         self.predicted = False  # whether any step had tokens to predict
         self.bad = 0

@@ -177,11 +177,6 @@ def _trainable(exp: Experiment, rank: int = 0, num_latents: int | None = None) -
 def _on_mesh(exp: Experiment, shapes: Params, dtype: Any = None) -> Params:
     """Returns shapes of parameters with their shardings, in `dtype` where given."""
     shardings = mesh_lib.parameters(exp.mesh, shapes, param_axes(exp.aug.method))
-    return placed(shapes, shardings, dtype)
-
-
-def placed(shapes: Any, shardings: Any, dtype: Any = None) -> Any:
-    """Returns shapes that carry shardings, in `dtype` where given."""
 
     def one(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=sharding)

@@ -39,9 +39,10 @@ def prepare(config: Any, out: str) -> dict:
     data = config.data
     out = out.rstrip("/")
     check_files([*data.sources, *data.validation])
-    tokenizer_path = str(tokenizer_of(config))
+    tokenizer_path = tokenizer_of(config)
     readers = {source: text.open_source(source) for source in (*data.sources, *data.validation)}
-    meta = _describe(data, tokenizer_path, readers)
+    tokenizer = Tokenizer(tokenizer_path)
+    meta = _describe(data, tokenizer, readers)
     if "://" in out:  # the store's client tries for minutes, without a word
         print(f"looking for token files in {out}", flush=True)
     found = token_files.read_meta(out)
@@ -54,7 +55,6 @@ def prepare(config: Any, out: str) -> dict:
     if os.path.isfile(out) or (os.path.isdir(out) and os.listdir(out)):
         raise UserError(f"{out} exists and holds no finished token files; name another folder")
     bad = BadRecords(data.max_bad_records)
-    tokenizer = Tokenizer(tokenizer_path)
     text.check_texts(readers.values(), tokenizer, bad)
 
     # A store renames nothing, so only meta.json marks a folder on it as finished.
@@ -85,9 +85,8 @@ def tokenizer_of(config: Any) -> Path:
     return tokenizer_files.tokenizer_path(locate.find_decoder(decoder))
 
 
-def _describe(data: Any, tokenizer_path: str, readers: dict[str, text.Reader]) -> dict:
+def _describe(data: Any, tokenizer: Tokenizer, readers: dict[str, text.Reader]) -> dict:
     """Returns the meta.json of token files that are about to be written, without counts."""
-    tokenizer = Tokenizer(tokenizer_path)
 
     def described(sources: Any) -> list[dict]:
         return [{"source": each, "text": readers[each].fingerprint()} for each in sources]
@@ -103,7 +102,7 @@ def _describe(data: Any, tokenizer_path: str, readers: dict[str, text.Reader]) -
         "bos_id": tokenizer.bos_id,
         "pad_id": tokenizer.pad_id,
         "dtype": "uint16" if tokenizer.vocab_size <= 1 << 16 else "int32",
-        "tokenizer_sha256": fingerprint(tokenizer_path),
+        "tokenizer_sha256": fingerprint(tokenizer.path),
         "train": train,
         "validation": described(data.validation),
     }

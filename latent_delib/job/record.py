@@ -171,28 +171,13 @@ class Record:
 
         checkpoint: the path of the run's checkpoint; None without one.
         """
-        return {
-            "config": self.config,
-            "checkpoint": checkpoint,
-            "step": self.step,
-            "fingerprint": self.fingerprint,
-            "architecture": self.architecture,
-            "assistant": self.assistant,
-            "start": self.start,
-        }
+        known = {name: value for name, value in vars(self).items() if name != "data"}
+        return known | {"checkpoint": checkpoint}
 
     def meta(self) -> dict[str, Any]:
         """Returns the record as the meta of a checkpoint, JSON."""
-        return {
-            "format": FORMAT,
-            "step": self.step,
-            "config": self.config,
-            "fingerprint": self.fingerprint,
-            "architecture": self.architecture,
-            "assistant": self.assistant,
-            "start": self.start,
-            "data": {"seed": self.config["seed"], "fingerprint": self.data},
-        }
+        data = {"seed": self.config["seed"], "fingerprint": self.data}
+        return vars(self) | {"format": FORMAT, "data": data}
 
     def __getitem__(self, key: str) -> Any:
         """Returns the value of a dotted key: "decoder.fingerprint", or a key of the config.

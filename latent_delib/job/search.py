@@ -128,8 +128,8 @@ def search(
     rows = [row(each, fitting[each.setting]) for each in estimates if each.setting in fitting]
     took = time.perf_counter() - began
     print(f"compiled {len(verdicts)} settings in {took:.0f} s; {len(rows)} fit on {topology}:")
-    exp = experiment.read(applied(config, estimates[0].setting), devices)
-    print(dry_run.note_on_attention(exp, topology), end="")
+    form = next(iter(fitting.values()))["attention"]  # the same in all
+    print(dry_run.note_on_attention(form, config, topology), end="")
     print(show(rows), flush=True)
     text = json.dumps(rows, indent=2)
     files.write(epath.Path(workdir) / "search.json", f"{text}\n".encode())

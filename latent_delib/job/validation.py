@@ -41,8 +41,6 @@ class Validation:
     def __init__(
         self, exp: Experiment, plan: Plan, held_out: Placed, frozen: Params, trainable: Params
     ):
-        t = exp.config.train
-        self.every, self.steps = t.validate_every, t.steps
         self.prompt_end = exp.config.method.prompt_end
         self.frozen = frozen
         self.batches = held_out
@@ -54,10 +52,6 @@ class Validation:
             self.without_latents = self._mean(_compile(exp, plan, {}, plain), {})
         else:
             self._mean(self.sums, trainable)  # raises now, not in the middle of training
-
-    def is_due(self, step: int) -> bool:
-        """Tells whether `train.validate_every` divides a step, or it is the last."""
-        return step % self.every == 0 or step == self.steps
 
     def __call__(self, trainable: Params) -> dict[str, float]:
         """Returns figures for a row of metrics, in nats per token.
@@ -98,9 +92,7 @@ def read_held_out(exp: Experiment) -> Placed:
     """
     c = exp.config
     B = c.train.batch_size
-    rows = batches.validation_rows(
-        c.data, tokenizer_path=str(exp.tokenizer.path), count=BATCHES * B
-    )
+    rows = batches.validation_rows(c.data, tokenizer=exp.tokenizer, count=BATCHES * B)
     digest = hashlib.sha256(rows["tokens"]).hexdigest()
     distributed.check_same(**{"validation text": digest})
     here = mesh_lib.local_rows(exp.mesh, B)

@@ -132,10 +132,6 @@ def load_decoder(
 def _load_theirs(where: Path, dtype: np.dtype, mesh: Mesh) -> Decoder:
     """Loads a decoder in Hugging Face's form or GGUF, as if it had been converted first."""
     source = gguf.open_source(where) if where.is_file() else huggingface.open_source(where)
-    if source.write_tokenizer is None:
-        raise UserError(
-            f"{where}: has no tokenizer, neither {' nor '.join(tokenizer_files.TOKENIZERS)}"
-        )
     with tempfile.TemporaryDirectory() as scratch:
         source.write_tokenizer(Path(scratch))
         own = Tokenizer(tokenizer_files.tokenizer_path(Path(scratch)))

@@ -18,7 +18,6 @@ class Chip(NamedTuple):
     links: float | None = None
 
 
-UNKNOWN = Chip()
 # TPUs: docs.cloud.google.com/tpu/docs, the pages v4, v5e, v5p, v6e and tpu7x. The pages add up both
 # directions of links; half of the sum is received. The page of v4 has the bisection of a pod
 # instead: 24 TB/s over the 512 links that cut a torus of 16 x 16 x 16; a chip has six links. A
@@ -45,4 +44,4 @@ CHIPS = {
 
 def chip_of(device: Any) -> Chip:
     """Returns the figures of a JAX device."""
-    return CHIPS.get(device.device_kind, UNKNOWN)
+    return CHIPS.get(device.device_kind, Chip())

@@ -32,8 +32,8 @@ ROOT = Path(__file__).parents[2]
 if not (ROOT / "configs").is_dir():
     ROOT = Path(__file__).parents[1] / "repository"
 BASE = ROOT / "configs" / "base.py"  # declares every key
-# A leading ~ stays as it is in these flags. In all others it means the home folder.
-TEXTS = ("prompt", "stop")
+# A leading ~ stays as it is in these flags and keys. In all others it means the home folder.
+TEXTS = ("prompt", "stop", "config.method.prompt_end")
 WRITTEN = ("out", "workdir")  # flags that name where a command writes
 HOME = re.compile(r"^((?:files:|lines:|qa:|qa_steps(?:-\d+)?:)?(?:hf:)?)(~[^/]*)")
 
@@ -138,8 +138,7 @@ def parse(values: flags.FlagValues, options: Flags) -> None:
     for name, (default, text) in options.items():
         if default in (REQUIRED, FOLDERS) and not values[name].value:
             raise UserError(f"{_shown(name, default)} is missing: {text}")
-        if name not in TEXTS:
-            values[name].value = _expand_home(values[name].value)
+        values[name].value = _expand_home(name, values[name].value)
         if name in WRITTEN and re.match(r"(?!gs://)\w+:/", values[name].value):
             raise UserError(
                 f"--{name}={values[name].value}: expected a local path or gs://BUCKET/PATH"
@@ -324,14 +323,16 @@ def _config_message(error: Exception, path: str) -> str:
     return f"{where}: {type(error).__name__}: {' '.join(text.split())}"
 
 
-def _expand_home(value: Any) -> Any:
+def _expand_home(name: str, value: Any) -> Any:
     """Expands each leading ~ of a value to the home folder: a shell does not, after `--flag=`."""
+    if name in TEXTS:
+        return value
     if isinstance(value, str):
         return HOME.sub(lambda found: found[1] + os.path.expanduser(found[2]), value)
     if isinstance(value, tuple | list):
-        return type(value)(map(_expand_home, value))
+        return type(value)(_expand_home(name, each) for each in value)
     if isinstance(value, ConfigDict):
         for key, item in value.items():
             if isinstance(item, str | tuple | ConfigDict):
-                value[key] = _expand_home(item)
+                value[key] = _expand_home(f"{name}.{key}", item)
     return value

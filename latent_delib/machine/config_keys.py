@@ -27,12 +27,18 @@ def list_keys(options: Flags) -> str:
       UserError: a flag, key or value that is wrong, or a config file that fails.
     """
     comments = comments_of(BASE.read_text())
+    places = {key: place for place, key in enumerate(comments)}
     lines = ["# --config.KEY=VALUE changes a key for a run"]
     config = parse_config(options)
     fields = fields_of_tables(config)
+
+    def place(key: str) -> int:
+        table = key.rpartition(".")[0]  # the place of a field
+        return places.get(key, places.get(table, len(places)))
+
     # The fields that are not set come after those that are.
     keys = dict.fromkeys([*keys_of(config), *fields])
-    for key in sorted(keys, key=_place_in(comments)):
+    for key in sorted(keys, key=place):
         lines += _lines_of(key, config, fields.get(key), comments.get(key, ""))
     return "\n".join(lines)
 
@@ -51,17 +57,6 @@ def comments_of(source: str) -> dict[str, str]:
             found[key[1]] = " ".join([*above, comment]).strip()
         above = [*above, comment] if comment and not code else []
     return found
-
-
-def _place_in(comments: dict[str, str]) -> Any:
-    """Returns a function from a key to its place in base.py; a field has the place of its table."""
-    places = {key: place for place, key in enumerate(comments)}
-
-    def place(key: str) -> int:
-        table = key.rpartition(".")[0]
-        return places.get(key, places.get(table, len(places)))
-
-    return place
 
 
 def _lines_of(key: str, config: ConfigDict, kind: Any, comment: str) -> list[str]:

@@ -27,8 +27,6 @@ def exclusive(workdir: str) -> Iterator[None]:
     if is_remote(workdir) or jax.process_index():
         yield
         return
-    if ":/" in workdir:
-        raise UserError(f"--workdir={workdir}: expected a local directory or gs://BUCKET/PATH")
     try:
         files.make_folder(Path(workdir))
         lock = open(Path(workdir) / ".lock", "a+")

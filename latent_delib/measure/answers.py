@@ -133,9 +133,8 @@ def read_questions(exp: Experiment) -> list[Asked]:
             )
         named = []
     asked: list[Asked] = []
-    path = str(exp.tokenizer.path)
     for source in named:
-        documents = batches.validation_documents(data, tokenizer_path=path, sources=[source])
+        documents = batches.validation_documents(data, tokenizer=exp.tokenizer, sources=[source])
         for document in itertools.islice(documents, NUM_QUESTIONS):
             tokens = document.tokens
             _, written = questions.parted(tokens.tolist(), exp.tokenizer)

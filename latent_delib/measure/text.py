@@ -75,8 +75,7 @@ def _read_all(exp: Experiment) -> ValidationText:
     work: list[int] = []  # of each document
     numbers: dict[tuple[str, str | int], int] = {}  # of works, by source and name or document
     longest = exp.config.evaluate.max_length
-    tokenizer = str(exp.tokenizer.path)
-    for found in batches.validation_documents(exp.config.data, tokenizer_path=tokenizer):
+    for found in batches.validation_documents(exp.config.data, tokenizer=exp.tokenizer):
         cut = cut_pieces(found.tokens, longest, exp.tokenizer.bos_id)
         pieces += cut
         document += [len(source)] * len(cut)

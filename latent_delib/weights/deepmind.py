@@ -18,6 +18,7 @@ from latent_delib.errors import UserError, reason
 from latent_delib.nn.sizes import SIZES, TransformerConfig
 from latent_delib.weights.source import Source
 from latent_delib.weights.tensors import DTYPES, read_dtype
+from latent_delib.weights.tokenizer_files import tokenizer_writer
 
 MARKS = ("_METADATA", "manifest.ocdbt", "checkpoint")  # every orbax folder has one of them
 _VISION = ("vision_encoder/", "SigLiPFromPatches_0/", "embedder/mm_")
@@ -75,7 +76,8 @@ def open_source(where: Path, wanted: TransformerConfig | None = None) -> Source:
             x = x.swapaxes(1, 2)
         return x.astype(dtypes[name], copy=False)
 
-    return Source(str(where), "deepmind", config, shapes, dtypes, read, None)
+    writer = tokenizer_writer(where)
+    return Source(str(where), "deepmind", config, shapes, dtypes, read, writer)
 
 
 def _architecture(

@@ -104,9 +104,7 @@ def open_tensors(folder: Path, config: TransformerConfig) -> TensorFile:
     return file
 
 
-def load(
-    folder: Path, config: TransformerConfig, dtype: Any, shardings: Params | None = None
-) -> Params:
+def load(folder: Path, config: TransformerConfig, dtype: Any, shardings: Params) -> Params:
     """Reads the weights onto the devices.
 
     Host memory holds one device's part of one tensor at a time.
@@ -115,16 +113,12 @@ def load(
       folder: a decoder folder.
       config: its architecture.
       dtype: dtype of the arrays.
-      shardings: the sharding of every leaf; None: all on the first device.
+      shardings: the sharding of every leaf.
 
     Raises:
       UserError: as `open_tensors`.
     """
     file = open_tensors(folder, config)
-    tree = shapes(config)
-    if shardings is None:
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        shardings = jax.tree.map(lambda _: here, tree)
 
     def place(
         path: tuple, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding
@@ -136,7 +130,7 @@ def load(
 
         return jax.make_array_from_callback(leaf.shape, sharding, part)
 
-    return jax.tree.map_with_path(place, tree, shardings)
+    return jax.tree.map_with_path(place, shapes(config), shardings)
 
 
 def write_model(

@@ -177,29 +177,21 @@ class GGUF:
         if a._replace(begin=0) != b._replace(begin=0):
             return False
         with open(self.path, "rb") as file:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        for first in range(0, a.num_bytes, CHUNK):
-            count = min(CHUNK, a.num_bytes - first)
-            x, y = (data[info.begin + first : info.begin + first + count] for info in (a, b))
-            if x != y:
-                return False
-        return True
+            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        return data[a.begin :][: a.num_bytes] == data[b.begin :][: b.num_bytes]
 
     def dtype(self, name: str) -> np.dtype:
         """Returns the dtype that `read` returns: bfloat16 for tensors stored so, else float32."""
         is_bfloat16 = self.tensors[name].type.name == "BF16"
         return np.dtype(ml_dtypes.bfloat16 if is_bfloat16 else np.float32)
 
-    def read(self, name: str, chunk: int = CHUNK) -> np.ndarray:
-        """Reads a tensor as float32, or as bfloat16 if it is stored so.
-
-        About `chunk` elements are dequantised at a time.
-        """
+    def read(self, name: str) -> np.ndarray:
+        """Reads a tensor as float32, or as bfloat16 if it is stored so."""
         library = _library()
         shape, kind, _, begin = self.tensors[name]
         block, block_bytes = library.GGML_QUANT_SIZES[kind]
         out = np.empty(math.prod(shape), self.dtype(name))
-        step = max(1, chunk // block) * block
+        step = max(1, CHUNK // block) * block
         for first in range(0, out.size, step):
             part = out[first : first + step]
             count = part.size // block * block_bytes

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 
 from latent_delib.errors import UserError
@@ -13,7 +12,6 @@ from latent_delib.nn.transformer import Params
 from latent_delib.weights import folder, names, tensors
 from latent_delib.weights.source import Source
 
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 Entries = Mapping[str, tuple[tuple[int, ...], np.dtype]]
 
 
@@ -22,8 +20,8 @@ def tensors_of(source: Source, dtype: str = "") -> tuple[Entries, Iterator[np.nd
 
     Args:
       source: a decoder of another form.
-      dtype: a key of DTYPES; or "" to round nothing: then a leaf is bfloat16 if all its layers are,
-        else float32.
+      dtype: "float32", "bfloat16", or "" to round nothing. Then a leaf is bfloat16 if all its
+        layers are, else float32.
 
     Returns:
       Name -> shape and dtype of every leaf, in order; and the data of the leaves in that order,
@@ -37,11 +35,11 @@ def tensors_of(source: Source, dtype: str = "") -> tuple[Entries, Iterator[np.nd
     leaves = folder.by_name(folder.shapes(config))
     order = list(leaves)
     found.sort(key=lambda t: order.index(t.leaf))  # one order, whatever the form of the source
-    kept = dict.fromkeys(leaves, DTYPES[dtype or "bfloat16"])
+    kept = dict.fromkeys(leaves, np.dtype(dtype or "bfloat16"))
     if not dtype:
         for t in found:
-            if source.dtypes[t.name] != DTYPES["bfloat16"]:
-                kept[t.leaf] = DTYPES["float32"]
+            if source.dtypes[t.name] != np.dtype("bfloat16"):
+                kept[t.leaf] = np.dtype("float32")
     entries = {t.leaf: (leaves[t.leaf].shape, kept[t.leaf]) for t in found}
 
     def read(t: names.Tensor) -> np.ndarray:

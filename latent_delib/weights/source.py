@@ -18,7 +18,7 @@ class Source(NamedTuple):
     shapes: stored name -> shape, of every tensor.
     dtypes: stored name -> dtype that `read` returns: bfloat16 for tensors stored so, else float32.
     read: reads one tensor, by its stored name.
-    write_tokenizer: writes the tokenizer into a folder; None where the decoder has none.
+    write_tokenizer: writes the tokenizer into a folder; raises UserError where there is none.
     """
 
     where: str
@@ -27,4 +27,4 @@ class Source(NamedTuple):
     shapes: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, np.dtype]
     read: Callable[[str], np.ndarray]
-    write_tokenizer: Callable[[Path], Any] | None
+    write_tokenizer: Callable[[Path], Any]

@@ -1,6 +1,5 @@
 """Finds the tokenizer in a decoder's folder, ours or Hugging Face's; copies it with its files."""
 
-import functools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +17,16 @@ def tokenizer_path(folder: Path) -> Path:
 
     If both are there, it is tokenizer.model, unless that lacks tokens which the model was given
     later: see `_lacks_tokens`.
+
+    Raises:
+      UserError: neither is there, or tokenizer.model is not a SentencePiece model.
     """
     found = [folder / name for name in TOKENIZERS if (folder / name).is_file()]
     if not found:
-        raise UserError(f"{folder}: has no tokenizer, neither {' nor '.join(TOKENIZERS)}")
+        raise UserError(
+            f"{folder}: has no tokenizer, neither {' nor '.join(TOKENIZERS)}; put one there, or "
+            "give one to `convert` with --tokenizer=PATH"
+        )
     if len(found) > 1 and _lacks_tokens(found[0]):
         return found[1]
     return found[0]
@@ -76,11 +81,12 @@ def sentencepiece_config(path: Path) -> dict[str, Any]:
     return fields
 
 
-def tokenizer_writer(folder: Path) -> Callable[[Path], None] | None:
-    """Returns a function that copies a folder's tokenizer into another folder, if it has one."""
-    if not any((folder / name).is_file() for name in TOKENIZERS):
-        return None
-    return functools.partial(copy_tokenizer, tokenizer_path(folder))
+def tokenizer_writer(folder: Path) -> Callable[[Path], None]:
+    """Returns the function that copies a folder's tokenizer into another folder.
+
+    The function raises UserError as `tokenizer_path`.
+    """
+    return lambda out: copy_tokenizer(tokenizer_path(folder), out)
 
 
 def copy_tokenizer(path: Path, folder: Path) -> None:

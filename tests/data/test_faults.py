@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from latent_delib import prepare
 from latent_delib.data import batches, rows, text, text_files, token_files
+from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.errors import Outage, UserError
 
 T, PAD, CHUNK = 32, 0, 128  # rows of a chunk
@@ -37,7 +38,7 @@ def read(sources, tokenizer_path):
 
     def found(folder, limit=0, count=30):
         data = make_data(sources["train"], folder, limit)
-        loader = batches.Training(data, str(tokenizer_path)).batches(batch_size=16, seed=0)
+        loader = batches.Training(data, Tokenizer(tokenizer_path)).batches(batch_size=16, seed=0)
         return list(itertools.islice(loader, count))
 
     return found
@@ -119,7 +120,7 @@ def test_a_token_outside_the_vocabulary_is_skipped(
 
     def documents(folder, limit=0):
         data = make_data(sources["validation"], folder, limit)
-        found = batches.validation_documents(data, tokenizer_path=str(tokenizer_path))
+        found = batches.validation_documents(data, tokenizer=Tokenizer(tokenizer_path))
         return [document.tokens.tolist() for document in found]
 
     assert documents(folder, 1) == documents(token_folder)[1:]
@@ -133,7 +134,7 @@ def test_token_files_that_vanish_or_do_not_fit_their_meta(
     file, meta = folder / "train/0/tokens/c/0/0", folder / "meta.json"
     # a file in the cache is not missed
     monkeypatch.setattr(token_files, "_CACHE", tensorstore.Context())
-    text = batches.Training(make_data(sources["train"], folder, 999), str(tokenizer_path))
+    text = batches.Training(make_data(sources["train"], folder, 999), Tokenizer(tokenizer_path))
     loader = text.batches(batch_size=2, seed=0)
     next(loader)
     file.rename(folder / "elsewhere")
@@ -227,7 +228,7 @@ def test_a_disk_that_fails_while_text_is_read(sources, tokenizer_path, monkeypat
 
     monkeypatch.setattr(text, "tokens_of", fails_later)
     data = make_data(sources["train"], "")
-    loader = batches.Training(data, str(tokenizer_path)).batches(batch_size=4, seed=0)
+    loader = batches.Training(data, Tokenizer(tokenizer_path)).batches(batch_size=4, seed=0)
     with pytest.raises(OSError, match="Input/output error") as error:
         for _ in range(10_000):
             next(loader)
@@ -248,12 +249,11 @@ def bad_text(tmp_path):
 
 
 def test_bad_text_is_skipped_up_to_the_limit(bad_text, tokenizer_path, tmp_path, capsys):
-    path, where = str(tokenizer_path), f"{tmp_path}/text"
+    tokenizer, where = Tokenizer(tokenizer_path), f"{tmp_path}/text"
 
     def train(limit):
-        loader = batches.Training(make_data(bad_text, "", limit), path).batches(
-            batch_size=4, seed=0
-        )
+        data = make_data(bad_text, "", limit)
+        loader = batches.Training(data, tokenizer).batches(batch_size=4, seed=0)
         return list(itertools.islice(loader, 40))
 
     found = train(2)
@@ -262,23 +262,24 @@ def test_bad_text_is_skipped_up_to_the_limit(bad_text, tokenizer_path, tmp_path,
     good = {*itertools.chain(*(b["tokens"].flat for b in found))}
     source = make_data(bad_text, "", 2)
     documents = [
-        document.tokens for document in batches.validation_documents(source, tokenizer_path=path)
+        document.tokens for document in batches.validation_documents(source, tokenizer=tokenizer)
     ]
     assert len(documents) == 40 and good == {2, *np.concatenate(documents).tolist()}
-    resumed = batches.Training(source, path).batches(batch_size=4, seed=0, start_step=39)
+    resumed = batches.Training(source, tokenizer).batches(batch_size=4, seed=0, start_step=39)
     np.testing.assert_array_equal(next(resumed)["tokens"], found[39]["tokens"])
     for limit in (0, 1):
         with pytest.raises(UserError, match=rf"{where}/.: line \d+: not UTF-8.*is {limit}\)$"):
             train(limit)
         with pytest.raises(UserError, match=rf"is {limit}\)$"):
-            list(batches.validation_documents(make_data(bad_text, "", limit), tokenizer_path=path))
+            data = make_data(bad_text, "", limit)
+            list(batches.validation_documents(data, tokenizer=tokenizer))
 
 
 def test_a_source_of_nothing_else_holds_no_text(tokenizer_path, tmp_path):
     (tmp_path / "1").write_bytes(b"\xff\n" * 9)
     with pytest.raises(UserError, match="holds no text"):
         data = make_data(f"lines:{tmp_path}/1", "", 99)
-        batches.Training(data, str(tokenizer_path)).batches(batch_size=4, seed=0)
+        batches.Training(data, Tokenizer(tokenizer_path)).batches(batch_size=4, seed=0)
 
 
 @pytest.mark.parametrize("special", [2, PAD])
@@ -333,7 +334,7 @@ def test_text_that_vanishes_during_a_run_is_named(kind, tokenizer_path, tmp_path
     for i in range(3):
         (tmp_path / str(i)).write_text("\n".join(["the cat sat on a mat"] * 300))
     data = make_data(f"{kind}:{tmp_path}/*")
-    loader = batches.Training(data, str(tokenizer_path)).batches(batch_size=64, seed=0)
+    loader = batches.Training(data, Tokenizer(tokenizer_path)).batches(batch_size=64, seed=0)
     next(loader)
     (tmp_path / "1").unlink()
     expected = (
@@ -349,7 +350,7 @@ def test_a_store_that_fails_during_a_run_is_an_outage(tokenizer_path, tmp_path, 
     """TensorFlow, through which rows come, keeps no exception of the reader's."""
     (tmp_path / "1").write_text("the cat sat on a mat\n" * 300)
     data = make_data(f"lines:{tmp_path}/1")
-    loader = batches.Training(data, str(tokenizer_path)).batches(batch_size=64, seed=0)
+    loader = batches.Training(data, Tokenizer(tokenizer_path)).batches(batch_size=64, seed=0)
     next(loader)
 
     def fail(path):
@@ -362,7 +363,7 @@ def test_a_store_that_fails_during_a_run_is_an_outage(tokenizer_path, tmp_path, 
 
 
 def fingerprint(data, tokenizer_path):
-    return batches.Training(data, str(tokenizer_path)).fingerprint()
+    return batches.Training(data, Tokenizer(tokenizer_path)).fingerprint()
 
 
 def append(path):

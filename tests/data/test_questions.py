@@ -72,7 +72,7 @@ def test_steps_are_left_out_from_the_first_on(tokenizer, removed, reply):
     assert not fault
     assert tokenizer.decode(tokens.tolist()) == f"What is 3 + 4?\nAnswer:{reply}"
     spaced = questions.read(line(steps="\n3 + 4\n \n\tis 7,\n"), True)
-    assert spaced.reply(True, removed) == reply
+    assert "".join(spaced.parts(True, removed)[1:]) == reply
     listed = questions.read(line(steps=["3 + 4", "is 7,"]), True)
     assert listed == questions.read(line(), True)
 
@@ -150,12 +150,11 @@ def test_questions_are_kept_whole(tmp_path, tokenizer, make_config):
     config = make_config(changes | {"data.token_files": "", "decoder.tokenizer": "packaged"})
     folder_of_tokens = str(tmp_path / "tokens")
     meta = preparation.prepare(config, folder_of_tokens)
-    path = str(tokenizer.path)
 
     def of_token_files():
         data = make_config(changes | {"data.token_files": folder_of_tokens}).data
         count = meta["train"][0]["rows"]
-        every = token_files.Training(data, path).batches(
+        every = token_files.Training(data, tokenizer).batches(
             batch_size=count, seed=0, rows=np.arange(count), start_step=0
         )
         yield from next(every)["tokens"]
@@ -168,7 +167,7 @@ def test_questions_are_kept_whole(tmp_path, tokenizer, make_config):
         yield from (row["tokens"] for row in rows.take(30).as_numpy_iterator())
 
     def of_validation():
-        yield from batches.validation_rows(config.data, tokenizer_path=path, count=12)["tokens"]
+        yield from batches.validation_rows(config.data, tokenizer=tokenizer, count=12)["tokens"]
 
     wanted = [questions.encode(line(answer=a), False, tokenizer)[0].tolist() for a in answers]
     for rows in (of_token_files(), of_seqio(), of_validation()):

@@ -93,7 +93,8 @@ def config_data(sources, weights=None, **change):
 
 
 def train(data, tokenizer, count, batch_size=4, seed=0, **arguments):
-    found = batches.Training(data, tokenizer).batches(batch_size=batch_size, seed=seed, **arguments)
+    text = batches.Training(data, Tokenizer(tokenizer))
+    found = text.batches(batch_size=batch_size, seed=seed, **arguments)
     return list(itertools.islice(found, count))
 
 
@@ -216,8 +217,9 @@ def test_a_process_that_fails_ends(tokenizer, tmp_path):
 from absl import flags
 from ml_collections import ConfigDict
 from latent_delib.data import batches
+from latent_delib.data.tokenizer import Tokenizer
 flags.FLAGS(["test"])
-text = batches.Training(ConfigDict({data.to_dict()!r}), {tokenizer!r})
+text = batches.Training(ConfigDict({data.to_dict()!r}), Tokenizer({tokenizer!r}))
 found = text.batches(batch_size=4, seed=0)
 next(found)
 raise RuntimeError("a bug")
@@ -239,9 +241,10 @@ import hashlib, itertools
 from absl import flags
 from ml_collections import ConfigDict
 from latent_delib.data import batches
+from latent_delib.data.tokenizer import Tokenizer
 flags.FLAGS(["test"])
 data, digest = ConfigDict({data.to_dict()!r}), hashlib.sha256()
-found = batches.Training(data, {tokenizer!r}).batches(batch_size=4, seed=0)
+found = batches.Training(data, Tokenizer({tokenizer!r})).batches(batch_size=4, seed=0)
 for batch in itertools.islice(found, 100):
     digest.update(batch["tokens"])
 found.close()
@@ -316,7 +319,7 @@ def test_bad_sources(tokenizer, tmp_path):
         source = f"{kind}:{tmp_path}/empty"
         assert f"source {source!r} holds no text" in bad(config_data((source,)), tokenizer)
         with pytest.raises(UserError, match="holds no text"):
-            batches.validation_documents(config_data((source,)), tokenizer_path=tokenizer)
+            batches.validation_documents(config_data((source,)), tokenizer=Tokenizer(tokenizer))
     (tmp_path / "one").write_text("a cat")
     source = f"files:{tmp_path}/one"
     assert f"{tmp_path}/no.model" in bad(config_data((source,)), f"{tmp_path}/no.model")
@@ -369,8 +372,8 @@ def test_prepared_files_hold_what_text_holds(tokenizer, tmp_path, capsys, monkey
     prepared = data.copy_and_resolve_references()
     prepared.token_files = str(tmp_path / "out")
     for one, other in zip(
-        batches.validation_documents(data, tokenizer_path=tokenizer),
-        batches.validation_documents(prepared, tokenizer_path=tokenizer),
+        batches.validation_documents(data, tokenizer=Tokenizer(tokenizer)),
+        batches.validation_documents(prepared, tokenizer=Tokenizer(tokenizer)),
         strict=True,
     ):
         assert (one.source, one.work) == (other.source, other.work) and one.work in (
@@ -448,6 +451,6 @@ def test_packaged_text():
     packaged = PACKAGED / "tokenizer.model"
     data = config_data(("packaged/train",), validation=("packaged/validation",))
     assert train(data, packaged, 1)[0]["tokens"].shape == (4, T)
-    document = next(batches.validation_documents(data, tokenizer_path=packaged))
+    document = next(batches.validation_documents(data, tokenizer=Tokenizer(packaged)))
     assert (document.source, document.work) == ("packaged/validation", "alpine-doc.txt")
     assert len(decode(str(packaged), document.tokens).split()) > 20

@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def write(directory, tokenizer, train, validation, dtype="uint16"):
         "bos_id": BOS,
         "pad_id": PAD,
         "dtype": dtype,
-        "tokenizer_sha256": hashlib.sha256(tokenizer.read_bytes()).hexdigest(),
+        "tokenizer_sha256": hashlib.sha256(tokenizer.path.read_bytes()).hexdigest(),
         "train": [],
         "validation": [],
     }
@@ -59,12 +60,18 @@ def write(directory, tokenizer, train, validation, dtype="uint16"):
     return meta
 
 
+def tokenizer_at(path, content):
+    """A tokenizer of which only the file counts."""
+    path.write_bytes(content)
+    return types.SimpleNamespace(path=path)
+
+
 class Prepared:
     """A directory of token files, and how to read it."""
 
     def __init__(self, folder):
-        self.directory, self.tokenizer = str(folder / "token files"), folder / "tokenizer.model"
-        self.tokenizer.write_bytes(b"a tokenizer")
+        self.directory = str(folder / "token files")
+        self.tokenizer = tokenizer_at(folder / "tokenizer.model", b"a tokenizer")
         self.train = {
             source: make_documents(i, n)
             for i, (source, n) in enumerate(zip(SOURCES, (300, 200, 3)))
@@ -193,7 +200,7 @@ def test_a_source_smaller_than_a_batch_repeats(prepared):
 
 
 def test_validation_documents_come_back_whole_and_in_order(prepared):
-    found = list(validation_documents(prepared.data(), tokenizer_path=prepared.tokenizer))
+    found = list(validation_documents(prepared.data(), tokenizer=prepared.tokenizer))
     expected = [(source, d) for source, documents in prepared.validation.items() for d in documents]
     assert [d.source for d in found] == [source for source, _ in expected]
     assert [d.work for d in found] == [work_of(document) for _, document in expected]
@@ -268,17 +275,15 @@ def test_bad_directories(prepared, tmp_path):
             token_files=str(tmp_path / directory)
         )
     assert f"rows of {T} tokens, config.data.seq_len is 8" in message(seq_len=8)
-    other = tmp_path / "other.model"
-    other.write_bytes(b"another")
+    other = tokenizer_at(tmp_path / "other.model", b"another")
     assert all(
         hashlib.sha256(b).hexdigest() in message(other) for b in (b"a tokenizer", b"another")
     )
-    assert str(tmp_path / "none") in message(tmp_path / "none")
+    other.path.unlink()
+    assert str(other.path) in message(other)
     assert "'lines:z' is not in" in message(sources=("lines:a", "lines:z"))
     with pytest.raises(UserError, match="'lines:a' is not in .*'lines:v', 'lines:w'"):
-        validation_documents(
-            prepared.data(validation=("lines:a",)), tokenizer_path=prepared.tokenizer
-        )
+        validation_documents(prepared.data(validation=("lines:a",)), tokenizer=prepared.tokenizer)
     (tmp_path / "old").mkdir()
     token_files.write_meta(str(tmp_path / "old"), prepared.meta | {"format": 0})
     assert f"has format 0, expected {token_files.FORMAT}" in message(
@@ -290,12 +295,13 @@ def test_bad_directories(prepared, tmp_path):
 
 def test_tensorflow_is_not_imported(prepared):
     program = f"""
-import sys
+import pathlib, sys, types
 from ml_collections import ConfigDict
 from latent_delib.data import batches
 data = ConfigDict({prepared.data().to_dict()!r})
-next(batches.Training(data, {str(prepared.tokenizer)!r}).batches(batch_size=2, seed=0))
-next(batches.validation_documents(data, tokenizer_path={str(prepared.tokenizer)!r}))
+tokenizer = types.SimpleNamespace(path=pathlib.Path({str(prepared.tokenizer.path)!r}))
+next(batches.Training(data, tokenizer).batches(batch_size=2, seed=0))
+next(batches.validation_documents(data, tokenizer=tokenizer))
 print(sorted({{"tensorflow", "seqio", "tensorflow_datasets"}} & set(sys.modules)))
 """
     result = subprocess.run(

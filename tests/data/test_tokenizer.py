@@ -541,11 +541,11 @@ def test_json_through_the_reader_and_prepare(every, tmp_path):
     meta = prepare.prepare(ConfigDict({"data": data, "decoder": decoder}), f"{tmp_path}/out")
     assert (meta["bos_id"], meta["pad_id"], meta["vocab_size"]) == (1, 2, 500)
     prepared = ConfigDict(data | {"token_files": f"{tmp_path}/out"})
-    found = batches.validation_documents(prepared, tokenizer_path=path)
+    found = batches.validation_documents(prepared, tokenizer=tokenizer)
     assert [document.tokens.tolist() for document in found] == expected
-    batch = next(batches.Training(prepared, path).batches(batch_size=2, seed=0))
+    batch = next(batches.Training(prepared, tokenizer).batches(batch_size=2, seed=0))
     text = ConfigDict(data | {"token_files": ""})
-    again = next(batches.Training(text, path).batches(batch_size=2, seed=0))
+    again = next(batches.Training(text, tokenizer).batches(batch_size=2, seed=0))
     assert (
         batch["tokens"].shape == again["tokens"].shape == (2, 16)
         and (again["tokens"][:, 0] == 1).all()
@@ -556,7 +556,7 @@ def test_json_through_the_reader_and_prepare(every, tmp_path):
     try:
         config.write_text(json.dumps(CONFIG | {"bos_token": "<|endoftext|>"}))
         with pytest.raises(UserError, match="tokenizer sha256"):
-            batches.Training(prepared, path)
+            batches.Training(prepared, tokenizer)
     finally:
         config.write_text(kept)
 

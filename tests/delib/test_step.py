@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 import workdirs
 
+import latent_delib as ld
 from configs import base
 from latent_delib import train
 from latent_delib.data import batches
@@ -25,7 +26,6 @@ from latent_delib.job import experiment, parameters
 from latent_delib.job import plan as planning
 from latent_delib.nn.layers import FEW
 from latent_delib.nn.transformer import Transformer
-from latent_delib.weights import folder
 
 # so many that a device's own share of them is not left to the reference
 MANY = {"method.num_traces": 20, "seed": 3}  # not the default: text, traces and start follow it
@@ -33,7 +33,7 @@ MANY = {"method.num_traces": 20, "seed": 3}  # not the default: text, traces and
 
 def first_batches(exp, count):
     c = exp.config
-    text = batches.Training(c.data, str(exp.tokenizer.path))
+    text = batches.Training(c.data, exp.tokenizer)
     found = text.batches(batch_size=c.train.batch_size, seed=c.seed)
     return list(itertools.islice(found, count))
 
@@ -47,7 +47,7 @@ class OneDevice:
         self.aug = dataclasses.replace(
             self.exp.aug, transformer=Transformer(architecture, form="reference")
         )
-        self.frozen = {"decoder": folder.load(self.exp.decoder, architecture, jnp.float32)}
+        self.frozen = {"decoder": ld.load_decoder(self.exp.decoder).params}
         self.tx = make_optimizer(config.optimizer, config.train.steps).tx
         self.step = jax.jit(partial(self.uncompiled, tx=self.tx), static_argnames="accumulation")
 

@@ -1,9 +1,9 @@
 """Dry runs, here and on slices that are not: what they say, and that they run nothing."""
 
-import dataclasses
 import importlib.util
 import json
 import re
+from functools import partial
 
 import jax
 import pytest
@@ -76,12 +76,10 @@ def test_the_command_runs_it(config_file, tmp_path, monkeypatch):
 
 
 def test_a_form_of_attention_that_a_job_may_not_take_is_told(make_config):
-    exp = experiment.read(make_config())
-    assert dry_run.note_on_attention(exp, "v5e:4x4") == "", "xla needs no proof"
-    kernel = exp.aug.transformer.clone(form="pallas_tpu")
-    of_kernel = dataclasses.replace(exp, aug=dataclasses.replace(exp.aug, transformer=kernel))
-    assert "attention pallas_tpu: with" in dry_run.note_on_attention(of_kernel, "v5e:4x4")
-    assert dry_run.note_on_attention(of_kernel, "") == "", "this machine: as in a job"
+    note = partial(dry_run.note_on_attention, config=make_config())
+    assert note("xla", topology="v5e:4x4") == "", "xla needs no proof"
+    assert "attention pallas_tpu: with" in note("pallas_tpu", topology="v5e:4x4")
+    assert note("pallas_tpu", topology="") == "", "this machine: as in a job"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import types
 import jax
 import numpy as np
 
+from latent_delib.delib import cost
 from latent_delib.job import experiment, metrics
 from latent_delib.machine import chips
 
@@ -72,14 +73,16 @@ def test_utilisation_is_that_of_all_devices(make_config, tmp_path, monkeypatch):
     clock = types.SimpleNamespace(perf_counter=lambda: now, time=lambda: now)
     monkeypatch.setattr(metrics, "time", clock)
     monkeypatch.setattr(metrics.chips, "chip_of", lambda device: chips.Chip(peak=1e9))
-    found = collecting(make_config({"train.log_every": 1}), tmp_path, rows)
+    config = make_config({"train.log_every": 1})
+    found = collecting(config, tmp_path, rows)
     found.begin_row(0)
     now += 2
     found.push(1, {"loss": 4.0, "tokens": 8.0, "grad_norm": 1.0})
     found.flush()
+    useful = cost.step_flops(experiment.read(config).aug, 8, 32, 4, 3).useful  # of the tiny config
     possible = 2 * 1e9 * jax.device_count()
     assert jax.device_count() == 8
-    np.testing.assert_allclose(rows[0]["model_flops_utilisation"], found.flops / possible)
+    np.testing.assert_allclose(rows[0]["model_flops_utilisation"], useful / possible)
 
 
 def test_figures_of_a_step_without_a_row_go_into_the_next(make_config, tmp_path):

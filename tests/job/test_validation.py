@@ -25,7 +25,7 @@ FIGURES = ("validation_loss", "validation_loss_decoder")
 def rows_of(config, count=None):
     exp = experiment.read(config)
     count = count or BATCHES * config.train.batch_size
-    return batches.validation_rows(config.data, tokenizer_path=str(exp.tokenizer.path), count=count)
+    return batches.validation_rows(config.data, tokenizer=exp.tokenizer, count=count)
 
 
 def figures_of(workdir):
@@ -173,24 +173,24 @@ def test_the_rows(make_config, sources, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batches, "validation_documents", counted)
-        tokenizer_path = str(experiment.read(config).tokenizer.path)
-        both = batches.validation_rows(data, tokenizer_path=tokenizer_path, count=8)
+        tokenizer = experiment.read(config).tokenizer
+        both = batches.validation_rows(data, tokenizer=tokenizer, count=8)
     assert len(read) < 2000
     read.clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batches, "validation_documents", counted)
         patch.setattr(batches, "MOST_READ", 16)
-        batches.validation_rows(data, tokenizer_path=tokenizer_path, count=8)
+        batches.validation_rows(data, tokenizer=tokenizer, count=8)
     assert len(read) < 250, "at most 16 rows"
     of_text = rows_of(make_config({"data.token_files": ""}), 4)["tokens"]
     assert np.array_equal(both["tokens"][4:], of_text)
     assert not np.array_equal(both["tokens"][:4], of_text)
 
     data.validation = (two[1], two[1], two[1], two[1], two[0])  # 2, 2, 2, 1 and 1 row
-    *own, last = batches.validation_rows(data, tokenizer_path=tokenizer_path, count=8)["tokens"]
+    *own, last = batches.validation_rows(data, tokenizer=tokenizer, count=8)["tokens"]
     among = {row.tobytes() for row in rows_of(make_config({"data.token_files": ""}), 64)["tokens"]}
     assert all(row.tobytes() in among for row in own) and last.tobytes() not in among
-    few = batches.validation_rows(data, tokenizer_path=tokenizer_path, count=3)["tokens"]
+    few = batches.validation_rows(data, tokenizer=tokenizer, count=3)["tokens"]
     assert all(row.tobytes() in among for row in few), "more sources than rows"
 
 

@@ -11,16 +11,15 @@ import time
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import workdirs
 
+import latent_delib as ld
 from latent_delib import evaluate, train
 from latent_delib import mesh as mesh_lib
 from latent_delib.errors import UserError
 from latent_delib.machine import checkpoint, distributed, roll_call
-from latent_delib.weights import folder
 from tests.processes import ROOT, Job, free_port
 
 # The commands' work, several times in the same processes: starting them takes longer.
@@ -121,13 +120,9 @@ def test_two_processes_equal_one(
         result, evaluate.evaluate(make_config(), str(tmp_path / "fresh"), str(tmp_path / "alone"))
     )
 
-    architecture, *found = (
-        folder.read_config(decoder_folder),
-        tmp_path / "exported" / "decoder",
-        decoder_folder,
-    )
-    exported, original = (folder.load(where, architecture, jnp.float32) for where in found)
-    jax.tree.map(np.testing.assert_array_equal, exported, original)
+    exported = ld.load_decoder(tmp_path / "exported" / "decoder")
+    original = ld.load_decoder(decoder_folder)
+    jax.tree.map(np.testing.assert_array_equal, exported.params, original.params)
 
 
 @pytest.mark.slow

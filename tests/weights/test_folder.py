@@ -46,7 +46,7 @@ def test_a_device_reads_its_own_part(decoder_folder, monkeypatch):
         assert sizes[name] == x.addressable_shards[0].data.size, name
     assert sizes["layers.mlp.gate"] == sharded["layers"]["mlp"]["gate"].size / 4
     assert all(jax.tree.leaves(jax.tree.map(lambda x, s: x.sharding == s, sharded, shardings)))
-    same(sharded, folder.load(decoder_folder, config, np.float32))
+    same(sharded, ld.load_decoder(decoder_folder).params)
 
 
 def test_a_folder_appears_whole_or_not_at_all(decoder_folder, tmp_path, monkeypatch):
