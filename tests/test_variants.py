@@ -1,10 +1,8 @@
 """Every variant as a job: trained, resumed, evaluated, loaded, used; and what it refuses."""
 
-import json
 import shutil
 
 import jax
-import naive
 import numpy as np
 import pytest
 import workdirs
@@ -13,16 +11,13 @@ from naive_perplexity import naive_rows
 import latent_delib as ld
 from latent_delib import convert, evaluate, train
 from latent_delib import mesh as mesh_lib
-from latent_delib.data import batches, token_files
-from latent_delib.data.tokenizer import Tokenizer
+from latent_delib.data import batches
 from latent_delib.delib import augment
 from latent_delib.delib.step import TrainState
 from latent_delib.errors import UserError
 from latent_delib.job import build, experiment, parameters
 from latent_delib.job import plan as planning
-from latent_delib.job.record import Record
 from latent_delib.lm.load import decoder_of, read_record
-from latent_delib.measure import views
 from latent_delib.measure.text import read_validation_text
 from latent_delib.weights import folder
 from tests.shared_steps import shared_steps
@@ -305,131 +300,12 @@ def first_loss(config, coprocessor):
     return float(values["loss"])
 
 
-def test_latents_of_another_text_and_of_an_earlier_call(
-    make_config, trained, token_folder, tokenizer_path, decoder_folder, tmp_path, capsys
-):
-    """Each against the same thing done by hand; the longest piece's donor ends before it."""
-    documents = [
-        "the cat sat",
-        "a dog ran to the door and",
-        "when rain fell over green hills",
-        "a mat on the door",
-    ]
-    held_out(tmp_path / "tokens", token_folder, tokenizer_path, {"lines:some": documents})
-    text = {"data.token_files": str(tmp_path / "tokens"), "data.validation": ("lines:some",)}
-    config = make_config(text | {"evaluate.batch_size": 8})
-
-    def rows_of(name, changes):
-        return evaluate.evaluate(make_config(text | changes), str(trained), str(tmp_path / name))[
-            "rows"
-        ]
-
-    own = rows_of("own", {"evaluate.batch_size": 8})
-    swapped, late = rows_of("swap", {"evaluate.swap": True}), rows_of("late", {"evaluate.delay": 2})
-    said = capsys.readouterr().out
-    text = read_validation_text(experiment.read(config))
-    length = text.lengths()
-    assert (length[views.donors(0, text, length)] < length - 1).any()
-    assert "latents of another text" in said and "delay 2" in said
-    for rows in (swapped, late):
-        assert [r["tokens"] for r in rows] == [r["tokens"] for r in own]
-        assert [r["decoder_ppl"] for r in rows] == [r["decoder_ppl"] for r in own]
-        assert abs(rows[0]["augmented_ppl"] - own[0]["augmented_ppl"]) > 1e-4
-    for rows, by_hand in ((late, late_by_hand), (swapped, swapped_by_hand)):
-        expected = by_hand(config, trained, decoder_folder)
-        np.testing.assert_allclose([row["augmented_ppl"] for row in rows[:3]], expected, rtol=1e-5)
-
-
-def test_the_other_text_is_of_another_document(
-    make_config, trained, token_folder, tokenizer_path, tmp_path
-):
-    """Latents of a document's copy are its own, so the donor's row and position are right."""
-    copies = ["the cat sat on the mat and looked at the other cat"] * 10
-    held_out(tmp_path / "copies", token_folder, tokenizer_path, {"lines:copies": copies})
-    changed = {
-        "data.token_files": str(tmp_path / "copies"),
-        "data.validation": ("lines:copies",),
-        "evaluate.batch_size": 8,
-    }
-    columns = []
-    for swap in (False, True):
-        config = make_config(changed | {"evaluate.swap": swap})
-        rows = evaluate.evaluate(config, str(trained), str(tmp_path / str(swap)))["rows"]
-        columns.append([row["augmented_ppl"] for row in rows])
-    own, swapped = columns
-    assert len(own) > 2
-    np.testing.assert_allclose(swapped, own, rtol=1e-6)
-
-    both = {"lines:copies": copies, "lines:alone": ["the dog sat"]}
-    held_out(tmp_path / "both", token_folder, tokenizer_path, both)
-    changed = {
-        "data.token_files": str(tmp_path / "both"),
-        "data.validation": tuple(both),
-        "evaluate.swap": True,
-    }
-    with pytest.raises(UserError, match="config.evaluate.swap: 'lines:alone'.* one document"):
-        evaluate.evaluate(make_config(changed), str(trained), str(tmp_path / "alone"))
-
-
-def held_out(where, token_folder, tokenizer_path, documents):
-    """Token files with other validation sources: source -> documents."""
-    shutil.copytree(token_folder, where)
-    shutil.rmtree(where / "validation")
-    tokenizer = Tokenizer(tokenizer_path)
-    meta = token_files.read_meta(str(where)) | {"validation": []}
-    for number, (source, texts) in enumerate(documents.items()):
-        named = [("", np.array(tokenizer.encode(text), np.int32)) for text in texts]
-        meta["validation"].append(
-            {"source": source, **token_files.write_validation(str(where), number, named, meta)}
-        )
-    token_files.write_meta(str(where), meta)
-
-
-def swapped_by_hand(config, trained, decoder_folder):
-    """A position is given the latents of the same one of its donor, or of the donor's last."""
-    decoder, coprocessor = ld.load_decoder(str(decoder_folder)), ld.load_coprocessor(str(trained))
-    params, found = jax.device_get((decoder.params, coprocessor.params)), [[], [], []]
-    text = read_validation_text(experiment.read(config))
-    for piece, other in zip(text.pieces, views.donors(config.evaluate.seed, text, text.lengths())):
-        donor = np.array(text.pieces[other])
-        for p in range(len(piece) - 1):
-            q = min(p, len(donor) - 1)
-            read = naive.embed(decoder.config, params[0], donor[: q + 1])
-            z = naive.written(decoder.config, *params, read, q, coprocessor.placement)
-            for n, nll in enumerate(
-                naive.trace_nll(
-                    decoder.config, *params, np.array(piece), p, 3, coprocessor.placement, z=z
-                )
-            ):
-                found[n].append(nll)
-    return [np.exp(np.mean(nll)) for nll in found]
-
-
-def late_by_hand(config, trained, decoder_folder, delay=2):
-    """Perplexity of the n-th token, n = 1, 2, 3, in the naive reading of every position."""
-    decoder, coprocessor = ld.load_decoder(str(decoder_folder)), ld.load_coprocessor(str(trained))
-    params, found = jax.device_get((decoder.params, coprocessor.params)), [[], [], []]
-    for piece in read_validation_text(experiment.read(config)).pieces:
-        for p in range(len(piece) - 1):
-            where = (np.array(piece), p, 3, coprocessor.placement, "cache_augmentation", delay)
-            for n, nll in enumerate(naive.trace_nll(decoder.config, *params, *where)):
-                found[n].append(nll)
-    return [np.exp(np.mean(nll)) for nll in found]
-
-
 def test_a_start_of_another_method_is_refused(make_config, trained, tmp_path):
     config = make_config({"method.name": "last_layer", "method.start": f"{trained}/checkpoints/4"})
     with pytest.raises(
         UserError, match="config.method.start=.*/checkpoints/4: method.name.*'cache_augmentation'"
     ):
         train.train(config, str(tmp_path / "w"))
-    assert build.split_start("gs://b/run/checkpoints/12/") == ("gs://b/run", 12)
-
-
-def test_a_tuple_in_the_config_is_the_same_in_a_checkpoint(make_config):
-    changed = {"method.name": "resized", "method.coprocessor": {"layer_pattern": ("global",)}}
-    record = experiment.read(make_config(changed)).record
-    assert Record.from_meta(json.loads(json.dumps(record.meta())), "w") == record
 
 
 @pytest.mark.slow
