@@ -1,10 +1,9 @@
 """Every variant as a job: trained, resumed, evaluated, loaded, used; and what it refuses."""
 
-import json
 import shutil
+from typing import NamedTuple
 
 import jax
-import naive
 import numpy as np
 import pytest
 import workdirs
@@ -13,16 +12,13 @@ from naive_perplexity import naive_rows
 import latent_delib as ld
 from latent_delib import convert, evaluate, train
 from latent_delib import mesh as mesh_lib
-from latent_delib.data import batches, token_files
-from latent_delib.data.tokenizer import Tokenizer
+from latent_delib.data import batches
 from latent_delib.delib import augment
 from latent_delib.delib.step import TrainState
 from latent_delib.errors import UserError
 from latent_delib.job import build, experiment, parameters
 from latent_delib.job import plan as planning
-from latent_delib.job.record import Record
 from latent_delib.lm.load import decoder_of, read_record
-from latent_delib.measure import views
 from latent_delib.measure.text import read_validation_text
 from latent_delib.weights import folder
 from tests.shared_steps import shared_steps
@@ -37,53 +33,107 @@ HALF = {
     "head_dim": 8,
     "ffn_dim": 20,
 }
+
+
+class Variant(NamedTuple):
+    """Names a variant's changes of the config, and in what it differs from most variants."""
+
+    changes: dict
+    norms_move: bool = False  # every scale of a norm moves too
+    adapts: bool = False  # trains adapters
+    trains_decoder: bool = False
+    has_coprocessor: bool = True
+    one_soft_token: bool = False  # for all latents
+    grows: bool = True  # begins with the weights of a run with fewer latents
+    recurs: bool = False  # its latents join in a rhythm of their own
+    joined: tuple[int, ...] = (0,)  # the tokens of an answer at which latents join
+
+
+def method(name, **changes):
+    """Returns the config's changes for a method."""
+    return {"method.name": name} | {f"method.{key}": value for key, value in changes.items()}
+
+
 VARIANTS = {
-    "last_layer": {},
-    "static_tokens": {},
-    "latent_tokens": {"method.placement": "shared", "method.every": 2},
-    "inserted": {"method.placement": "overlay"},
-    "joint": {},
-    "unified": {},
-    "sequential": {},
-    "cartridge": {"method.placement": "overlay"},
-    "feedback": {},
-    "resized": {"method.coprocessor": HALF},
-    "assistant": {"method.assistant": "HERE", "method.placement": "overlay"},
-    "assistant lora": {
-        "method.name": "assistant",
-        "method.assistant": "HERE",
-        "method.lora_rank": 2,
-    },
-    "lora": {"method.name": "cache_augmentation", "method.lora_rank": 2},
-    "decoder lora": {"method.name": "decoder", "method.lora_rank": 2},
-    "delayed": {
-        "method.name": "cache_augmentation",
-        "method.max_delay": 3,
-        "method.placement": "overlay",
-    },
+    "last_layer": Variant(method("last_layer"), norms_move=True),
+    "static_tokens": Variant(method("static_tokens")),
+    "latent_tokens": Variant(
+        method("latent_tokens", placement="shared", every=2), recurs=True, joined=(0, 2, 4)
+    ),
+    "inserted": Variant(method("inserted", placement="overlay")),
+    "joint": Variant(method("joint"), trains_decoder=True),
+    "unified": Variant(method("unified"), trains_decoder=True),
+    "sequential": Variant(method("sequential")),
+    "cartridge": Variant(method("cartridge", placement="overlay"), grows=False),
+    "feedback": Variant(method("feedback"), trains_decoder=True, one_soft_token=True),
+    "resized": Variant(method("resized", coprocessor=HALF)),
+    "assistant": Variant(method("assistant", assistant="HERE", placement="overlay")),
+    "assistant lora": Variant(method("assistant", assistant="HERE", lora_rank=2), adapts=True),
+    "lora": Variant(method("cache_augmentation", lora_rank=2), adapts=True),
+    "decoder lora": Variant(
+        method("decoder", lora_rank=2),
+        adapts=True,
+        trains_decoder=True,
+        has_coprocessor=False,
+        joined=(),
+    ),
+    "delayed": Variant(method("cache_augmentation", max_delay=3, placement="overlay")),
 }
-TRAINS_DECODER = ("joint", "unified", "feedback", "decoder lora")
-
-
-def changes(variant):
-    return {"method.name": variant} | VARIANTS[variant]
-
-
 FAST = "unified"  # it stands for all, since it trains both models; the others take minutes
-PARAMS = [v if v == FAST else pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS]
+PROMPT = "the cat sat on"
+OTHER_NUMBER = "num_latents is . there, .* weights for each"  # refused
 
 
-@pytest.fixture(scope="module", params=PARAMS)
+def variants(**fields):
+    """Runs a test on the job of every variant with these fields."""
+    chosen = []
+    for name, variant in VARIANTS.items():
+        if all(getattr(variant, field) == value for field, value in fields.items()):
+            chosen.append(pytest.param(name, marks=() if name == FAST else pytest.mark.slow))
+    return pytest.mark.parametrize("job", chosen, indirect=True)
+
+
+@pytest.fixture(scope="module")
 def job(request, make_config, assistant_folder, tmp_path_factory):
-    """The name of a variant, its config, and the workdir of its four steps."""
+    """A variant, its config, and the workdir of its four steps."""
     workdir = tmp_path_factory.mktemp("variant") / "workdir"
-    changed = changes(request.param)
-    if "method.assistant" in changed:
-        changed["method.assistant"] = str(assistant_folder)
-    config = make_config(changed)
+    variant = VARIANTS[request.param]
+    changes = dict(variant.changes)
+    if "method.assistant" in changes:
+        changes["method.assistant"] = str(assistant_folder)
+    config = make_config(changes)
     with shared_steps():
         train.train(config, str(workdir))
-    return request.param, config, workdir
+    return variant, config, workdir
+
+
+@pytest.fixture(scope="module")
+def lm(job, decoder_folder):
+    """The model that the job has trained."""
+    variant, _, workdir = job
+    decoder = workdir / "decoder" if variant.trains_decoder else decoder_folder
+    coprocessor = ld.load_coprocessor(str(workdir)) if variant.has_coprocessor else None
+    return ld.AugmentedLM(ld.load_decoder(str(decoder)), coprocessor)
+
+
+@pytest.fixture
+def begun(job, make_config):
+    """begun(more) -> the tree of a job that begins with this one's weights, and `more` latents."""
+    variant, config, workdir = job
+    start = variant.changes | {
+        "method.assistant": config.method.assistant,
+        "method.start": f"{workdir}/checkpoints/4",
+    }
+
+    def tree(more=0):
+        changes = start | {"method.num_latents": config.method.num_latents + more}
+        exp = experiment.read(make_config(changes))
+        plan = planning.make(exp)
+        frozen = parameters.load_frozen(exp) if plan.frozen else {}
+        trainable, _ = train.init_state(exp, plan, frozen)
+        return trainable
+
+    return tree
 
 
 @pytest.fixture(scope="module")
@@ -94,144 +144,167 @@ def plain_column(make_config, tmp_path_factory):
     return [row["decoder_ppl"] for row in rows]
 
 
-def test_all_that_is_trained_moves_and_resumes(job, tmp_path):
-    """Every leaf of the trainable tree; a run that begins again midway is the same bit for bit."""
-    variant, config, workdir = job
-    one, other = workdirs.weights_of(workdir, 2), workdirs.weights_of(workdir, 4)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(other):
-        before = one
-        for key in path:
-            before = before[key.key]
-        moves = np.any(np.asarray(before) != np.asarray(leaf))
+@variants()
+def test_all_that_is_trained_moves(job):
+    """Every leaf of the trainable tree, and no other model has a leaf in it."""
+    variant, _, workdir = job
+    before, after = workdirs.weights_of(workdir, 2), workdirs.weights_of(workdir, 4)
+    leaves = jax.tree_util.tree_leaves_with_path(after)
+    for (path, leaf), old in zip(leaves, jax.tree.leaves(before), strict=True):
         name = jax.tree_util.keystr(path)
-        if variant == "last_layer" or "scale" not in name or "norm" not in name:
-            assert moves, name
-    assert ("decoder" in other) == (variant in TRAINS_DECODER)
-    assert ("coprocessor" in other) == (variant != "decoder lora")
-
-    shutil.copytree(workdir, tmp_path / "again")
-    shutil.rmtree(tmp_path / "again" / "checkpoints" / "4")
-    train.train(config, str(tmp_path / "again"))
-    jax.tree.map(np.testing.assert_array_equal, workdirs.weights_of(tmp_path / "again", 4), other)
+        if variant.norms_move or "scale" not in name or "norm" not in name:
+            assert np.any(old != leaf), name
+    assert ("decoder" in after) == variant.trains_decoder
+    assert ("coprocessor" in after) == variant.has_coprocessor
 
 
-def test_it_is_evaluated_against_the_decoder_that_was_frozen(
-    job, plain_column, decoder_folder, tmp_path
-):
+@variants()
+def test_it_resumes_bit_for_bit(job, tmp_path):
+    _, config, workdir = job
+    workdirs.copy_at_step_2(workdir, again := tmp_path / "again")
+    train.train(config, str(again))
+    found, expected = workdirs.weights_of(again, 4), workdirs.weights_of(workdir, 4)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@variants()
+def test_it_is_evaluated_against_the_decoder_that_was_frozen(job, lm, plain_column, tmp_path):
     """The rows say what the loaded model says; the decoder's column is the same for all."""
-    variant, config, workdir = job
+    _, config, workdir = job
     rows = evaluate.evaluate(config, str(workdir), str(tmp_path))["rows"]
     assert [row["decoder_ppl"] for row in rows] == plain_column
     assert abs(rows[0]["change_percent"]) > 1e-3
-    lm = load(workdir, decoder_folder, variant)
     expected = naive_rows(lm, read_validation_text(experiment.read(config)).pieces)
     np.testing.assert_allclose(
         [row["augmented_ppl"] for row in rows], [row[3] for row in expected], rtol=1e-5
     )
 
 
-def test_training_begins_with_all_that_another_run_has_trained(job, make_config):
-    """The decoder too; with more latents, new soft tokens begin as the last one ended."""
-    variant, config, workdir = job
-    start = changes(variant) | {
-        "method.assistant": config.method.assistant,
-        "method.start": f"{workdir}/checkpoints/4",
-    }
-    L = config.method.num_latents
-    more = {"method.num_latents": L + 1}
-    if "lora" in variant:
-        said = "a decoder's adapters are added|method.lora_rank is 2 there, expected 0"
-        with pytest.raises(UserError, match=said):
-            begun(make_config(start))
-        return
-    tree = workdirs.weights_of(workdir, 4)
-    jax.tree.map(np.testing.assert_array_equal, begun(make_config(start)), tree)
-    refused = pytest.raises(UserError, match="num_latents is . there, .* weights for each")
-    of_more = make_config(start | more)
-    if variant == "cartridge":
-        with refused:
-            begun(of_more)
-        return
-    if variant != "feedback":  # it has one soft token
-        soft_tokens = tree["coprocessor"]["soft_tokens"]
-        tree["coprocessor"]["soft_tokens"] = np.concatenate([soft_tokens, soft_tokens[-1:]])
-        with refused:
-            begun(make_config(start | {"method.num_latents": L - 1}))
-    jax.tree.map(np.testing.assert_array_equal, begun(of_more), tree)
-
-
-def begun(config):
-    """The tree that a job trains, before its first step."""
-    exp = experiment.read(config)
-    plan = planning.make(exp)
-    frozen = parameters.load_frozen(exp) if plan.frozen else {}
-    trainable, _ = train.init_state(exp, plan, frozen)
-    return trainable
-
-
-def load(workdir, decoder_folder, variant):
-    decoder = workdir / "decoder" if variant in TRAINS_DECODER else decoder_folder
-    coprocessor = None if variant == "decoder lora" else ld.load_coprocessor(str(workdir))
-    return ld.AugmentedLM(ld.load_decoder(str(decoder)), coprocessor)
-
-
-def test_it_generates_what_it_scores(job, decoder_folder):
-    """Greedy text is the likeliest, by the model's own scores; and again after three tokens."""
-    variant, _, workdir = job
-    lm = load(workdir, decoder_folder, variant)
-    (found,) = lm.continuations(["the cat sat on"], 5)
-    total, greedy = lm.logprobs(["the cat sat on"], [found.tokens.tolist()])
+@variants()
+def test_it_generates_what_it_scores(job, lm):
+    """Greedy text is the likeliest, by the model's own scores."""
+    variant, _, _ = job
+    (found,) = lm.continuations([PROMPT], 5)
+    total, greedy = lm.logprobs([PROMPT], [found.tokens.tolist()])
     assert greedy[0] and total[0] < 0
-    joined = {"decoder lora": (), "latent_tokens": (0, 2, 4)}.get(variant, (0,))
-    assert found.joined == joined
-    if variant == "latent_tokens":
-        return  # its rhythm is its own
-    (again,) = lm.continuations(["the cat sat on"], 6, every=3)
-    prompt = [lm.tokenizer.bos_id, *lm.tokenizer.encode("the cat sat on")]
-    assert again.tokens[:3].tolist() == found.tokens[:3].tolist()
-    _, greedy = lm.logprobs([prompt + again.tokens[:3].tolist()], [again.tokens[3:].tolist()])
+    assert found.joined == variant.joined
+
+
+@variants(recurs=False)
+def test_latents_join_again_after_three_tokens(lm):
+    """The first three tokens stay; what follows is the likeliest after them as a prompt."""
+    (once,) = lm.continuations([PROMPT], 5)
+    (again,) = lm.continuations([PROMPT], 6, every=3)
+    first, rest = again.tokens[:3].tolist(), again.tokens[3:].tolist()
+    assert first == once.tokens[:3].tolist()
+    prompt = [lm.tokenizer.bos_id, *lm.tokenizer.encode(PROMPT)]
+    _, greedy = lm.logprobs([prompt + first], [rest])
     assert greedy[0]
 
 
-def test_what_was_trained_together_stays_together(job, decoder_folder, tmp_path, capsys):
-    """The decoder in a workdir is of its last step; called again, the job leaves it."""
-    variant, config, workdir = job
-    if variant not in TRAINS_DECODER:
-        assert ld.load_coprocessor(str(workdir), 2).step == 2
-        return
-    if variant != "decoder lora":
-        with pytest.raises(UserError, match="step 4.* step 2"):
-            ld.load_coprocessor(str(workdir), 2)
-    written = (workdir / "decoder" / "model.safetensors").stat().st_mtime_ns
+@variants(adapts=False)
+def test_a_run_begins_with_anothers_weights(job, begun):
+    """All that was trained there, the decoder too."""
+    _, _, workdir = job
+    jax.tree.map(np.testing.assert_array_equal, begun(), workdirs.weights_of(workdir, 4))
+
+
+@variants(adapts=True)
+def test_adapters_are_no_start(begun):
+    said = "a decoder's adapters are added|method.lora_rank is 2 there, expected 0"
+    with pytest.raises(UserError, match=said):
+        begun()
+
+
+@variants(adapts=False, grows=True, one_soft_token=False)
+def test_more_latents_begin_as_the_last(job, begun):
+    """A new soft token begins as the last one ended."""
+    _, _, workdir = job
+    tree = workdirs.weights_of(workdir, 4)
+    soft_tokens = tree["coprocessor"]["soft_tokens"]
+    tree["coprocessor"]["soft_tokens"] = np.concatenate([soft_tokens, soft_tokens[-1:]])
+    jax.tree.map(np.testing.assert_array_equal, begun(more=1), tree)
+
+
+@variants(one_soft_token=True)
+def test_one_soft_token_begins_more_latents(job, begun):
+    _, _, workdir = job
+    jax.tree.map(np.testing.assert_array_equal, begun(more=1), workdirs.weights_of(workdir, 4))
+
+
+@variants(adapts=False, grows=True, one_soft_token=False)
+def test_fewer_are_refused(begun):
+    with pytest.raises(UserError, match=OTHER_NUMBER):
+        begun(more=-1)
+
+
+@variants(grows=False)
+def test_more_are_refused_where_none_can_be_added(begun):
+    with pytest.raises(UserError, match=OTHER_NUMBER):
+        begun(more=1)
+
+
+@variants(trains_decoder=False)
+def test_a_frozen_decoder_fits_an_earlier_step(job):
+    _, _, workdir = job
+    assert ld.load_coprocessor(str(workdir), 2).step == 2
+
+
+@variants(trains_decoder=True, has_coprocessor=True)
+def test_a_trained_decoder_fits_no_earlier_step(job):
+    """The decoder in a workdir is of its last step."""
+    _, _, workdir = job
+    with pytest.raises(UserError, match="step 4.* step 2"):
+        ld.load_coprocessor(str(workdir), 2)
+
+
+@variants(trains_decoder=True)
+def test_a_finished_job_leaves_the_decoder(job):
+    """Called again, it writes nothing."""
+    _, config, workdir = job
+    weights = workdir / "decoder" / "model.safetensors"
+    written = weights.stat().st_mtime_ns
     train.train(config, str(workdir))
-    assert (workdir / "decoder" / "model.safetensors").stat().st_mtime_ns == written
-    # killed before it was written; or trained on since
+    assert weights.stat().st_mtime_ns == written
+
+
+def make_older(decoder):
+    """Lets a decoder say that it is of step 2."""
+    (decoder / "trained.json").write_text('{"step": 2}')
+
+
+@variants(trains_decoder=True)
+@pytest.mark.parametrize("damage", [shutil.rmtree, make_older])
+def test_a_lost_or_older_decoder_is_written_again(job, damage, tmp_path):
+    """The job was killed before it was written, or has trained on since."""
+    _, config, workdir = job
     again = shutil.copytree(workdir, tmp_path / "again")
-    for damage in (
-        lambda: shutil.rmtree(again / "decoder"),
-        lambda: (again / "decoder/trained.json").write_text('{"step": 2}'),
-    ):
-        damage()
-        train.train(config, str(again))
-        assert folder.fingerprint(again / "decoder") == folder.fingerprint(workdir / "decoder")
-        assert build.step_of_decoder(str(again)) == 4
-    if variant != "decoder lora":
-        convert.convert(str(workdir), str(tmp_path / "out"))
-        exported = ld.load_coprocessor(str(tmp_path / "out"))
-        ld.AugmentedLM(ld.load_decoder(str(workdir / "decoder")), exported)
-        with pytest.raises(UserError, match="decoder"):
-            ld.AugmentedLM(ld.load_decoder(str(decoder_folder)), exported)
-        card = (tmp_path / "out" / "README.md").read_text()
-        assert exported.fingerprint in card and f"{workdir}/decoder" in card
-        out = str(tmp_path / "out")
-        with pytest.raises(UserError, match="an export has no decoder"):
-            decoder_of(out, read_record(out))
-        with pytest.raises(UserError, match="an export has no decoder"):
-            evaluate.read_checkpoint(experiment.read(config), out, None)
+    damage(again / "decoder")
+    train.train(config, str(again))
+    assert folder.fingerprint(again / "decoder") == folder.fingerprint(workdir / "decoder")
+    assert build.step_of_decoder(str(again)) == 4
+
+
+@variants(trains_decoder=True, has_coprocessor=True)
+def test_an_export_takes_only_its_decoder(job, decoder_folder, tmp_path):
+    """It names the decoder that was trained with it, and has none of its own."""
+    _, config, workdir = job
+    out = str(tmp_path / "out")
+    convert.convert(str(workdir), out)
+    exported = ld.load_coprocessor(out)
+    ld.AugmentedLM(ld.load_decoder(str(workdir / "decoder")), exported)
+    with pytest.raises(UserError, match="decoder"):
+        ld.AugmentedLM(ld.load_decoder(str(decoder_folder)), exported)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert exported.fingerprint in card and f"{workdir}/decoder" in card
+    with pytest.raises(UserError, match="an export has no decoder"):
+        decoder_of(out, read_record(out))
+    with pytest.raises(UserError, match="an export has no decoder"):
+        evaluate.read_checkpoint(experiment.read(config), out, None)
 
 
 def test_adapters_are_written_into_the_decoder_they_adapt(make_config, decoder_folder, tmp_path):
-    config = make_config(changes("decoder lora"))
+    config = make_config(VARIANTS["decoder lora"].changes)
     train.train(config, str(tmp_path))
     original = ld.load_decoder(decoder_folder).params
     expected = augment.assemble({"decoder": original}, workdirs.weights_of(tmp_path, 4))["decoder"]
@@ -244,7 +317,6 @@ def test_adapters_are_written_into_the_decoder_they_adapt(make_config, decoder_f
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 2])
-@pytest.mark.usefixtures("shared_steps")
 def test_a_coprocessor_to_start_from(make_config, trained, decoder_folder, tmp_path, rank):
     """In whole or under adapters: its own first loss, resumed bit for bit, loaded as evaluated."""
     begun = ld.load_coprocessor(str(trained))
@@ -304,137 +376,18 @@ def first_loss(config, coprocessor):
     return float(values["loss"])
 
 
-def test_latents_of_another_text_and_of_an_earlier_call(
-    make_config, trained, token_folder, tokenizer_path, decoder_folder, tmp_path, capsys
-):
-    """Each against the same thing done by hand; the longest piece's donor ends before it."""
-    documents = [
-        "the cat sat",
-        "a dog ran to the door and",
-        "when rain fell over green hills",
-        "a mat on the door",
-    ]
-    held_out(tmp_path / "tokens", token_folder, tokenizer_path, {"lines:some": documents})
-    text = {"data.token_files": str(tmp_path / "tokens"), "data.validation": ("lines:some",)}
-    config = make_config(text | {"evaluate.batch_size": 8})
-
-    def rows_of(name, changes):
-        return evaluate.evaluate(make_config(text | changes), str(trained), str(tmp_path / name))[
-            "rows"
-        ]
-
-    own = rows_of("own", {"evaluate.batch_size": 8})
-    swapped, late = rows_of("swap", {"evaluate.swap": True}), rows_of("late", {"evaluate.delay": 2})
-    said = capsys.readouterr().out
-    text = read_validation_text(experiment.read(config))
-    length = text.lengths()
-    assert (length[views.donors(0, text, length)] < length - 1).any()
-    assert "latents of another text" in said and "delay 2" in said
-    for rows in (swapped, late):
-        assert [r["tokens"] for r in rows] == [r["tokens"] for r in own]
-        assert [r["decoder_ppl"] for r in rows] == [r["decoder_ppl"] for r in own]
-        assert abs(rows[0]["augmented_ppl"] - own[0]["augmented_ppl"]) > 1e-4
-    for rows, by_hand in ((late, late_by_hand), (swapped, swapped_by_hand)):
-        expected = by_hand(config, trained, decoder_folder)
-        np.testing.assert_allclose([row["augmented_ppl"] for row in rows[:3]], expected, rtol=1e-5)
-
-
-def test_the_other_text_is_of_another_document(
-    make_config, trained, token_folder, tokenizer_path, tmp_path
-):
-    """Latents of a document's copy are its own, so the donor's row and position are right."""
-    copies = ["the cat sat on the mat and looked at the other cat"] * 10
-    held_out(tmp_path / "copies", token_folder, tokenizer_path, {"lines:copies": copies})
-    changed = {
-        "data.token_files": str(tmp_path / "copies"),
-        "data.validation": ("lines:copies",),
-        "evaluate.batch_size": 8,
-    }
-    columns = []
-    for swap in (False, True):
-        config = make_config(changed | {"evaluate.swap": swap})
-        rows = evaluate.evaluate(config, str(trained), str(tmp_path / str(swap)))["rows"]
-        columns.append([row["augmented_ppl"] for row in rows])
-    own, swapped = columns
-    assert len(own) > 2
-    np.testing.assert_allclose(swapped, own, rtol=1e-6)
-
-    both = {"lines:copies": copies, "lines:alone": ["the dog sat"]}
-    held_out(tmp_path / "both", token_folder, tokenizer_path, both)
-    changed = {
-        "data.token_files": str(tmp_path / "both"),
-        "data.validation": tuple(both),
-        "evaluate.swap": True,
-    }
-    with pytest.raises(UserError, match="config.evaluate.swap: 'lines:alone'.* one document"):
-        evaluate.evaluate(make_config(changed), str(trained), str(tmp_path / "alone"))
-
-
-def held_out(where, token_folder, tokenizer_path, documents):
-    """Token files with other validation sources: source -> documents."""
-    shutil.copytree(token_folder, where)
-    shutil.rmtree(where / "validation")
-    tokenizer = Tokenizer(tokenizer_path)
-    meta = token_files.read_meta(str(where)) | {"validation": []}
-    for number, (source, texts) in enumerate(documents.items()):
-        named = [("", np.array(tokenizer.encode(text), np.int32)) for text in texts]
-        meta["validation"].append(
-            {"source": source, **token_files.write_validation(str(where), number, named, meta)}
-        )
-    token_files.write_meta(str(where), meta)
-
-
-def swapped_by_hand(config, trained, decoder_folder):
-    """A position is given the latents of the same one of its donor, or of the donor's last."""
-    decoder, coprocessor = ld.load_decoder(str(decoder_folder)), ld.load_coprocessor(str(trained))
-    params, found = jax.device_get((decoder.params, coprocessor.params)), [[], [], []]
-    text = read_validation_text(experiment.read(config))
-    for piece, other in zip(text.pieces, views.donors(config.evaluate.seed, text, text.lengths())):
-        donor = np.array(text.pieces[other])
-        for p in range(len(piece) - 1):
-            q = min(p, len(donor) - 1)
-            read = naive.embed(decoder.config, params[0], donor[: q + 1])
-            z = naive.written(decoder.config, *params, read, q, coprocessor.placement)
-            for n, nll in enumerate(
-                naive.trace_nll(
-                    decoder.config, *params, np.array(piece), p, 3, coprocessor.placement, z=z
-                )
-            ):
-                found[n].append(nll)
-    return [np.exp(np.mean(nll)) for nll in found]
-
-
-def late_by_hand(config, trained, decoder_folder, delay=2):
-    """Perplexity of the n-th token, n = 1, 2, 3, in the naive reading of every position."""
-    decoder, coprocessor = ld.load_decoder(str(decoder_folder)), ld.load_coprocessor(str(trained))
-    params, found = jax.device_get((decoder.params, coprocessor.params)), [[], [], []]
-    for piece in read_validation_text(experiment.read(config)).pieces:
-        for p in range(len(piece) - 1):
-            where = (np.array(piece), p, 3, coprocessor.placement, "cache_augmentation", delay)
-            for n, nll in enumerate(naive.trace_nll(decoder.config, *params, *where)):
-                found[n].append(nll)
-    return [np.exp(np.mean(nll)) for nll in found]
-
-
 def test_a_start_of_another_method_is_refused(make_config, trained, tmp_path):
     config = make_config({"method.name": "last_layer", "method.start": f"{trained}/checkpoints/4"})
     with pytest.raises(
         UserError, match="config.method.start=.*/checkpoints/4: method.name.*'cache_augmentation'"
     ):
         train.train(config, str(tmp_path / "w"))
-    assert build.split_start("gs://b/run/checkpoints/12/") == ("gs://b/run", 12)
-
-
-def test_a_tuple_in_the_config_is_the_same_in_a_checkpoint(make_config):
-    changed = {"method.name": "resized", "method.coprocessor": {"layer_pattern": ("global",)}}
-    record = experiment.read(make_config(changed)).record
-    assert Record.from_meta(json.loads(json.dumps(record.meta())), "w") == record
 
 
 @pytest.mark.slow
 def test_exports(make_config, trained, tmp_path):
     """Adapters are exported multiplied out, a coprocessor of another size with its maps."""
-    train.train(make_config(changes("lora")), str(tmp_path / "w"))
+    train.train(make_config(VARIANTS["lora"].changes), str(tmp_path / "w"))
     convert.convert(str(tmp_path / "w"), str(tmp_path / "out"))
     found, expected = (
         ld.load_coprocessor(str(tmp_path / "out")),
@@ -446,7 +399,7 @@ def test_exports(make_config, trained, tmp_path):
         "coprocessor"
     ]
     jax.tree.map(np.testing.assert_array_equal, found.params, params)
-    train.train(make_config(changes("resized")), str(tmp_path / "r"))
+    train.train(make_config(VARIANTS["resized"].changes), str(tmp_path / "r"))
     convert.convert(str(tmp_path / "r"), str(tmp_path / "resized"))
     text, at = np.arange(3, 23)[None], np.array([[2, 9]])
     exported, trained = (
@@ -455,6 +408,8 @@ def test_exports(make_config, trained, tmp_path):
     )
     np.testing.assert_array_equal(exported, trained)
     # Only the decoder has adapters: the export has soft tokens alone.
-    train.train(make_config(changes("unified") | {"method.lora_rank": 2}), str(tmp_path / "u"))
+    train.train(
+        make_config(VARIANTS["unified"].changes | {"method.lora_rank": 2}), str(tmp_path / "u")
+    )
     convert.convert(str(tmp_path / "u"), str(tmp_path / "unified"))
     assert ld.load_coprocessor(str(tmp_path / "unified")).params.keys() == {"soft_tokens"}

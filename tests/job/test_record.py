@@ -8,6 +8,7 @@ import pytest
 
 from configs import base
 from latent_delib.errors import UserError
+from latent_delib.job import experiment
 from latent_delib.job.record import AGREE, FORMAT, Record
 
 
@@ -34,6 +35,12 @@ def test_a_checkpoint_gives_back_what_it_was_given(record):
     meta = json.loads(json.dumps(record.meta()))
     assert meta["format"] == FORMAT
     assert Record.from_meta(meta, "w") == record
+
+
+def test_a_tuple_in_the_config_is_the_same_in_a_checkpoint(make_config):
+    changes = {"method.name": "resized", "method.coprocessor": {"layer_pattern": ("global",)}}
+    record = experiment.read(make_config(changes)).record
+    assert Record.from_meta(json.loads(json.dumps(record.meta())), "w") == record
 
 
 def test_a_meta_without_a_number_is_read(record):
