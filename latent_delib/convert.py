@@ -79,7 +79,11 @@ def convert(
     Raises:
       UserError: anything wrong with source or arguments, in most cases before a weight is read.
     """
-    choices = {"to": (to, FORMS), "dtype": (dtype, ("", *build.DTYPES)), "size": (size, ("", *SIZES))}
+    choices = {
+        "to": (to, FORMS),
+        "dtype": (dtype, ("", *build.DTYPES)),
+        "size": (size, ("", *SIZES)),
+    }
     for flag, (value, allowed) in choices.items():
         if value not in allowed:
             raise UserError(
