@@ -83,8 +83,8 @@ TEMPLATE = """\
 """
 
 
-def test_chat(trained, decoder_folder, tmp_path, monkeypatch, capsys):
-    """A prompt is the message of a user; a line may hold a conversation, whatever the flags say."""
+def test_a_prompt_is_a_users_message(trained, decoder_folder, tmp_path, monkeypatch, capsys):
+    """A line of a file may hold a whole conversation."""
     assert "has no chat_template.jinja beside it" in run(workdir=trained, prompt="a", chat=True)
     decoder = tmp_path / "decoder"
     shutil.copytree(decoder_folder, decoder)
@@ -107,21 +107,37 @@ def test_chat(trained, decoder_folder, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.endswith(f"--- augmented\nthe cat\n\n{texts[0]}\n")
 
 
+NO_PROMPT = 'expected a "prompt" that is text'
+
+
 @pytest.mark.parametrize(
-    "line, words",
+    "lines, words",
     [
-        ({"messages": []}, "in.jsonl:1: messages: is empty"),
-        ({"messages": [{"role": "user"}]}, r"in.jsonl:1: messages[0]="),
-        ({"messages": [], "prompt": "a"}, 'in.jsonl:1: expected a "prompt" that is text'),
-        ({"prompt": ""}, 'in.jsonl:1: expected a "prompt" that is text'),
+        (b"", ": holds no prompts"),
+        (b"\xff", "not UTF-8 at byte 0"),
+        (b'{"prompt": "a"}\n{"prompt": \n', ':2: not JSON, expected {"prompt": TEXT}'),
+        (b'{"prompt": "a"}\n\n', ":2: not JSON"),
+        (b'{"prompt": "a", "seed": ' + b"1" * 5000 + b"}", ":1: not JSON"),
+        (b'["a"]\n', f":1: {NO_PROMPT}"),
+        (b'{"prompt": ""}\n', f":1: {NO_PROMPT}"),
+        (b'{"messages": [], "prompt": "a"}', f":1: {NO_PROMPT}"),
+        (b'{"messages": []}', ":1: messages: is empty"),
+        (b'{"messages": [{"role": "user"}]}', ":1: messages[0]="),
+        # the mark is no mistake
+        (b'\xef\xbb\xbf{"prompt": "a", "seed": true}', ":1: seed=True: expected a whole number"),
+        (b'{"prompt": "a", "seed": -1}\n', ":1: seed=-1: expected at least 0"),
+        (
+            b'{"prompt": "a", "seed": 9223372036854775808}\n',
+            ":1: seed=9223372036854775808: expected at most",
+        ),
     ],
 )
-def test_lines_that_hold_no_request(line, words, tmp_path):
-    (tmp_path / "in.jsonl").write_text(json.dumps(line))
-    flags = SimpleNamespace(prompt="", prompts=str(tmp_path / "in.jsonl"), seed=0)
+def test_lines_that_hold_no_request(lines, words, tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(lines)
     with pytest.raises(ld.UserError) as caught:
-        generate.read_requests(flags)
-    assert words in str(caught.value)
+        generate.read_requests(SimpleNamespace(prompt="", prompts=str(path), seed=0))
+    assert str(path) in str(caught.value) and words in str(caught.value)
 
 
 def test_the_model_of_the_flags(trained):
@@ -173,9 +189,6 @@ def test_a_rhythm_that_does_not_fit_the_method(trained, monkeypatch, method, fla
         ({"tensor": 3, "coprocessor_devices": 7}, "--tensor=3: expected a divisor of 1,"),
         ({"coprocessor_devices": 8}, "--coprocessor_devices=8: expected 0 to 7"),
         ({"coprocessor_devices": -1}, "--coprocessor_devices=-1: expected 0 to 7"),
-        ({"batch_size": 0}, "batch_size=0: expected at least 1"),
-        ({"max_length": 5}, "--max_length=5: expected more than --max_new_tokens=5"),
-        ({"prompt": "", "prompts": "none.jsonl", "seed": -1}, "--seed=-1: expected at least 0"),
         ({"attention": "flash"}, "attention='flash'"),
     ],
 )

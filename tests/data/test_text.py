@@ -265,7 +265,7 @@ def test_order_does_not_depend_on_where_the_files_lie(tokenizer, tmp_path):
     assert equal(train(config_data(here), tokenizer, 12), train(config_data(there), tokenizer, 12))
 
 
-def test_weights(tokenizer, tmp_path):
+def test_sources_are_mixed_by_weight(tokenizer, tmp_path):
     for name, word in {"a": "cat", "b": "dog"}.items():
         (tmp_path / name).write_text("\n".join([" ".join([word] * 30)] * 20))
     data = config_data((f"lines:{tmp_path}/a", f"lines:{tmp_path}/b"), (4.0, 1.0))

@@ -15,7 +15,6 @@ from latent_delib.data import order, token_files
 from latent_delib.data.batches import Training, validation_documents
 from latent_delib.data.rows import segments
 from latent_delib.errors import UserError
-from latent_delib.machine import files
 from tests.texts import equal
 
 PAD, BOS, T, VOCAB = 0, 2, 16, 70_000
@@ -215,38 +214,6 @@ def test_arrays_of_several_files(tmp_path, monkeypatch):
     np.testing.assert_array_equal(found, np.concatenate(parts))
 
 
-def test_a_failed_write_leaves_no_trace(prepared, tmp_path):
-    with pytest.raises(OSError, match="disk"), files.atomic_folder(tmp_path / "out") as directory:
-        token_files.write_meta(str(directory), {})
-        raise OSError("disk")
-    assert not list(tmp_path.iterdir())
-    with files.atomic_folder(tmp_path / "out") as directory:
-        assert not (tmp_path / "out").exists()
-        token_files.write_meta(str(directory), prepared.meta)
-    assert (
-        token_files.read_meta(str(tmp_path / "out")) == prepared.meta
-        and len(list(tmp_path.iterdir())) == 1
-    )
-
-
-def test_of_two_at_once_the_first_stays(tmp_path):
-    with (
-        pytest.raises(UserError, match="another job"),
-        files.atomic_folder(tmp_path / "out") as second,
-    ):
-        with files.atomic_folder(tmp_path / "elsewhere") as first:
-            (first / "who").write_text("first")
-        (tmp_path / "elsewhere").rename(tmp_path / "out")
-        (second / "who").write_text("second")
-    assert (tmp_path / "out" / "who").read_text() == "first" and len(list(tmp_path.iterdir())) == 1
-
-
-def test_a_mount_point_is_refused_before_the_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(type(tmp_path), "is_mount", lambda self: self == tmp_path)
-    with pytest.raises(UserError, match="a mount point"), files.atomic_folder(tmp_path):
-        raise AssertionError
-
-
 def test_a_disk_that_takes_nothing_is_one_line(tmp_path):
     (tmp_path / "file").write_text("not a directory")
     with pytest.raises(NotADirectoryError, match="Not a directory: '.*file/x'") as error:
@@ -288,7 +255,7 @@ def test_bad_directories(prepared, tmp_path):
     assert "old/meta.json: not of token files" in message(token_files=str(tmp_path / "old"))
 
 
-def test_tensorflow_is_not_imported(prepared):
+def test_token_files_are_read_without_tensorflow_and_jax(prepared):
     program = f"""
 import sys
 from ml_collections import ConfigDict
@@ -296,7 +263,7 @@ from latent_delib.data import batches
 data = ConfigDict({prepared.data().to_dict()!r})
 next(batches.Training(data, {str(prepared.tokenizer)!r}).batches(batch_size=2, seed=0))
 next(batches.validation_documents(data, tokenizer_path={str(prepared.tokenizer)!r}))
-print(sorted({{"tensorflow", "seqio", "tensorflow_datasets"}} & set(sys.modules)))
+print(sorted({{"tensorflow", "seqio", "tensorflow_datasets", "jax"}} & set(sys.modules)))
 """
     result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True

@@ -87,7 +87,7 @@ def test_a_disk_that_is_full(task):
         subprocess.run(["umount", str(workdir)], check=True)
 
 
-def test_a_record_that_is_bad_for_one_process_ends_both(task, tiny, token_folder):
+def test_a_record_that_is_bad_for_one_process_ends_both(task, token_folder):
     """And where some may be skipped, the job ends well."""
     shutil.copytree(token_folder, folder := task.root / "tokens")
     (file,) = (p for p in (folder / "train" / "0" / "tokens" / "c").rglob("*") if p.is_file())

@@ -94,9 +94,7 @@ def saved(workdir):
     return checkpoint.open_for_reading(str(workdir))[0].restore_newest()
 
 
-def test_two_processes_equal_one(
-    shared_steps, tiny, trained, make_config, decoder_folder, tmp_path
-):
+def test_two_processes_equal_one(tiny, trained, make_config, decoder_folder, tmp_path):
     """Trains, evaluates, goes on from one process's checkpoint, writes a decoder held in parts."""
     other = "process 1 has another config than process 0: "
     other += "expected the same command and files on every worker"
@@ -269,10 +267,10 @@ def call_roll(count, *others, seconds=5.0):
 def test_the_roll():
     assert call_roll(3, (3, 2), (3, 1)) == ([1, 2], [0], [0])
     missing = (
-        "--distributed: 2 of 4 processes did not connect to ADDRESS within 3 s: number 1, 3; "
+        "--distributed: 2 of 4 processes did not connect to ADDRESS within 1 s: number 1, 3; "
         "is the command running on every worker, and the port open between them?"
     )
-    assert call_roll(4, (4, 2), seconds=3.0) == (missing, missing), "everyone is told"
+    assert call_roll(4, (4, 2), seconds=1.0) == (missing, missing), "everyone is told"
     for count, others, found in (
         (3, [(3, 1), (3, 1)], "1 of 3; expected 1 ... 2 of 3"),
         (2, [(3, 1)], "1 of 3; expected 1 ... 1 of 2"),
