@@ -165,17 +165,11 @@ def test_config_files_and_flags(error, config_file, tmp_path):
         ("vocab_size", 100, ["config.decoder.tokenizer", "1024 pieces", "100"]),
     ],
 )
-def test_architectures_that_do_not_fit(error, tmp_path, field, value, words):
-    path = tmp_path / "config.py"
-    path.write_text(
-        "from ml_collections import ConfigDict\nfrom configs import base\n\n\ndef get_config():\n"
-        "    c = base.get_config()\n    c.decoder.path = ''\n"
-        f"    c.decoder.architecture = ConfigDict({ARCHITECTURE | {field: value}!r})\n"
-        "    return c\n"
-    )
-    named(
-        error("train", f"--config={path}", f"--workdir={tmp_path / 'w'}"), "config.decoder", *words
-    )
+def test_architectures_that_do_not_fit(error, config_file, tmp_path, field, value, words):
+    architecture = ARCHITECTURE | {field: value}
+    path = config_file({"decoder.path": "", "decoder.architecture": architecture})
+    line = error("train", f"--config={path}", f"--workdir={tmp_path / 'w'}")
+    named(line, "config.decoder", *words)
 
 
 def test_a_workdir_where_a_decoder_is_expected(error, config_file, tmp_path):
@@ -185,13 +179,8 @@ def test_a_workdir_where_a_decoder_is_expected(error, config_file, tmp_path):
     named(line, f"did you mean {tmp_path}/run/decoder?")
 
 
-def test_an_architecture_other_than_the_folder_s(error, tmp_path, decoder_folder):
-    path = tmp_path / "config.py"
-    path.write_text(
-        "from configs import base\n\n\ndef get_config():\n    c = base.get_config()\n"
-        f"    c.decoder.path = {str(decoder_folder)!r}\n"
-        "    c.decoder.architecture.num_layers = 5\n    return c\n"
-    )
+def test_an_architecture_other_than_the_folder_s(error, config_file, tmp_path, decoder_folder):
+    path = config_file({"decoder.architecture": {"num_layers": 5}})
     line = error("train", f"--config={path}", f"--workdir={tmp_path / 'w'}")
     named(line, "config.decoder.architecture", decoder_folder, "num_layers=4, expected 5")
 

@@ -624,14 +624,13 @@ def questions_file(tmp_path, monkeypatch):
     return file, prompts, [" on a mat\n", " over hills\n", " 7\n"]
 
 
-def test_log_p_of_the_answers(call, questions_file, trained, decoder_folder, tmp_path):
+def test_log_p_of_the_answers(call, questions_file, trained_lm, tmp_path):
     """By `logprobs`, for each document and over all; kept on resume; without --every or --delay."""
     file, prompts, replies = questions_file
     found, _ = call(f"qa:{file}", "decoder,augmented")
-    lm = ld.AugmentedLM(ld.load_decoder(str(decoder_folder)), ld.load_coprocessor(str(trained)))
     means = []
     for row, augment in zip(found["rows"], (False, True)):
-        expected = lm.logprobs(prompts, replies, augment, batch_size=4)[0]
+        expected = trained_lm.logprobs(prompts, replies, augment, batch_size=4)[0]
         file_of_samples = tmp_path / "out" / "samples" / f"mine.{row['model']}.jsonl"
         samples = [json.loads(line) for line in file_of_samples.read_text().splitlines()]
         assert [sample["answer_logp"] for sample in samples] == pytest.approx(expected, rel=1e-5)
@@ -708,21 +707,21 @@ def test_a_quick_look_gives_way_to_more_documents(call):
     assert row["shots"] == 0 and row["cot"] == TABLE["COT"]
 
 
-def test_samples_are_what_the_model_says(call, trained, decoder_folder, tmp_path):
+def test_samples_are_what_the_model_says(call, trained_lm, tmp_path):
     call("syllogism", "decoder,augmented")
-    lm = ld.AugmentedLM(ld.load_decoder(str(decoder_folder)), ld.load_coprocessor(str(trained)))
     shown = [
         f"Question: {r['question']}\nAnswer: {r['choices'][r['gold']]}"
         for r in ROWS["syllogism"]["train"]
     ]
     asked = [f"Question: {r['question']}\nAnswer:" for r in ROWS["syllogism"]["test"][:2]]
     prompts = ["\n\n".join([*shown, question]) for question in asked]
-    answers = split(lm, [(prompt, answer) for prompt in prompts for answer in (" Yes", " No")])
+    pairs = [(prompt, answer) for prompt in prompts for answer in (" Yes", " No")]
+    answers = split(trained_lm, pairs)
     for model in ("decoder", "augmented"):
         lines = (
             (tmp_path / "out" / "samples" / f"syllogism.{model}.jsonl").read_text().splitlines()[:2]
         )
-        expected = lm.logprobs(*answers, augment=model == "augmented", batch_size=4)[0]
+        expected = trained_lm.logprobs(*answers, augment=model == "augmented", batch_size=4)[0]
         found = [float(r[0][0]) for line in lines for r in json.loads(line)["resps"]]
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 

@@ -429,8 +429,6 @@ def test_a_real_kill(config_file, trained, tmp_path, count):
 def test_on_gs(config_file, tmp_path):
     """The workdir in a bucket: what is whole there is found, and results lie beside it."""
     pytest.importorskip("google.cloud.storage")
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl makes the server's certificate")
     config, workdir = config_file(), "gs://bucket/some/run"
     with running(tmp_path) as server:
         for command in (("train",), ("evaluate", "--steps=2"), ("evaluate", "--watch")):

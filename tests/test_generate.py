@@ -25,7 +25,7 @@ def rows(path):
     return [json.loads(line) for line in path.read_text().removesuffix("\n").split("\n")]
 
 
-def test_a_file_of_prompts(trained, decoder_folder, tmp_path, capsys):
+def test_a_file_of_prompts(trained, trained_lm, tmp_path, capsys):
     asked = [
         {"prompt": "the cat\u2028", "seed": 3},
         {"prompt": "a dog ran to the door when", "id": "x"},
@@ -41,9 +41,8 @@ def test_a_file_of_prompts(trained, decoder_folder, tmp_path, capsys):
     assert [row["prompt"] for row in found] == prompts
     assert [row["seed"] for row in found] == [3, 12]  # its own, and the flag's with its place
     assert [row.get("id") for row in found] == [None, "x\ud83d"]  # what else a line holds stays
-    lm = ld.AugmentedLM(ld.load_decoder(str(decoder_folder)), ld.load_coprocessor(str(trained)))
     for name, augment in (("decoder", False), ("augmented", True)):
-        texts = lm.generate(prompts, 5, temperature=0.7, seed=[3, 12], augment=augment)
+        texts = trained_lm.generate(prompts, 5, temperature=0.7, seed=[3, 12], augment=augment)
         assert [row[name] for row in found] == texts
     assert [row["joined"] for row in found] == [
         [0],
@@ -59,19 +58,18 @@ def test_a_file_of_prompts(trained, decoder_folder, tmp_path, capsys):
     assert run(workdir=workdir, **flags) == ""
     said = capsys.readouterr().err
     assert "checkpoint 4 is damaged (trainable: " in said and "checkpoint 2 is used" in said
-    lm = ld.AugmentedLM(lm.decoder, ld.load_coprocessor(trained, 2))
+    lm = ld.AugmentedLM(trained_lm.decoder, ld.load_coprocessor(trained, 2))
     assert [row["augmented"] for row in rows(out)] == lm.generate(
         prompts, 5, temperature=0.7, seed=[3, 12]
     )
     assert "name another step, one of [2]" in run(workdir=workdir, step=4, **flags)
 
 
-def test_the_continuation_of_one_prompt_appears_as_it_is_decoded(trained, decoder_folder, capsys):
+def test_the_continuation_of_one_prompt_appears_as_it_is_decoded(trained, trained_lm, capsys):
     assert run(workdir=trained, prompt="the cat", temperature=0.7, seed=3) == ""
-    lm = ld.AugmentedLM(ld.load_decoder(decoder_folder), ld.load_coprocessor(trained))
     expected = ""
     for name, augment in (("decoder", False), ("augmented", True)):
-        (text,) = lm.generate(["the cat"], 5, temperature=0.7, seed=[3], augment=augment)
+        (text,) = trained_lm.generate(["the cat"], 5, temperature=0.7, seed=[3], augment=augment)
         expected += f"--- {name}\nthe cat{text}\n"
     assert capsys.readouterr().out.endswith(expected)
     assert "more than max_length=6" in run(workdir=trained, prompt="the cat", max_length=6)
@@ -196,16 +194,15 @@ def test_flags_that_do_not_fit(trained, flags, words):
     assert run(**{"workdir": trained, "prompt": "a"} | flags).startswith(f"error: {words}")
 
 
-def test_the_flags_reach_the_model(trained, decoder_folder, tmp_path):
+def test_the_flags_reach_the_model(trained, trained_lm, tmp_path):
     (tmp_path / "in.jsonl").write_text('{"prompt": "the cat"}\n')
     flags = dict(workdir=trained, prompts=tmp_path / "in.jsonl", out=tmp_path / "out.jsonl", seed=3)
     options = {"temperature": 5.0, "top_k": 9, "every": 3, "delay": 1}
-    lm = ld.AugmentedLM(ld.load_decoder(str(decoder_folder)), ld.load_coprocessor(str(trained)))
-    (whole,) = lm.continuations(["the cat"], 5, seed=[3], **options)
+    (whole,) = trained_lm.continuations(["the cat"], 5, seed=[3], **options)
     stop = whole.text[-1]
     assert run(**flags, **options, stop=stop) == ""
     (row,) = rows(tmp_path / "out.jsonl")
-    (expected,) = lm.continuations(["the cat"], 5, seed=[3], stop=stop, **options)
+    (expected,) = trained_lm.continuations(["the cat"], 5, seed=[3], stop=stop, **options)
     assert row["augmented"] == expected.text != whole.text
     assert row["joined"] == list(expected.joined) != [0]
 

@@ -314,8 +314,6 @@ def test_clock_jumps(trained, make_config, tmp_path, monkeypatch):
 def test_a_workdir_in_cloud_storage(trained, tiny, tmp_path):
     """Nothing of it on this machine's disk."""
     pytest.importorskip("google.cloud.storage")
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl makes the server's certificate")
     with fake_gcs.running(tmp_path) as server:
         env = os.environ | server.environment | {"PYTHONPATH": ROOT}
         command = [sys.executable, "-c", IN_STORAGE, repr(tiny)]

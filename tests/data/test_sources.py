@@ -9,6 +9,7 @@ import latent_delib.data
 from latent_delib import evaluate, prepare, train
 from latent_delib.data import batches, sources
 from latent_delib.errors import UserError
+from tests.texts import config_data
 
 
 def test_each_form():
@@ -135,13 +136,8 @@ def test_local_files_that_are_not_there(folder):
 
 
 def config_of(**change):
-    data = {
-        "sources": ("packaged/train",),
-        "weights": (1.0,),
-        "validation": ("packaged/validation",),
-        "seq_len": 8,
-    }
-    return ConfigDict({"data": data | {"token_files": "", "max_bad_records": 0} | change})
+    packaged = {"sources": ("packaged/train",), "validation": ("packaged/validation",)}
+    return ConfigDict({"data": config_data(**packaged | change)})
 
 
 COMMANDS = {

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
-from ml_collections import ConfigDict
 
 from latent_delib import prepare as prepare_command
 from latent_delib.data import batches, rows, token_files
@@ -20,7 +19,7 @@ from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.errors import UserError
 from latent_delib.machine import progress
 from latent_delib.weights.locate import PACKAGED
-from tests.texts import WORDS, equal
+from tests.texts import WORDS, config_data, config_to_prepare, equal
 
 BOS, PAD, T = 2, 0, 16
 
@@ -78,18 +77,6 @@ def write_files(folder, files, documents_each, start=0):
         part = documents[i * documents_each : (i + 1) * documents_each]
         (folder / f"{i:02}.txt").write_text("\n\f\n".join(part) + "\n")
     return documents
-
-
-def config_data(sources, weights=None, **change):
-    weights = weights or (1.0,) * len(sources)
-    data = {
-        "sources": sources,
-        "weights": weights,
-        "validation": sources,
-        "token_files": "",
-        "seq_len": T,
-    }
-    return ConfigDict(data | {"max_bad_records": 0} | change)
 
 
 def train(data, tokenizer, count, batch_size=4, seed=0, **arguments):
@@ -340,9 +327,7 @@ def test_a_tokenizer_must_have_bos_and_eos(tokenizer, tmp_path):
 
 
 def prepare(data, tokenizer, out):
-    return prepare_command.prepare(
-        ConfigDict({"data": data, "decoder": {"path": "", "tokenizer": tokenizer}}), str(out)
-    )
+    return prepare_command.prepare(config_to_prepare(data, tokenizer), str(out))
 
 
 def test_prepared_files_hold_what_text_holds(tokenizer, tmp_path, capsys, monkeypatch):

@@ -9,13 +9,12 @@ import sys
 import numpy as np
 import pytest
 import tensorstore
-from ml_collections import ConfigDict
 
 from latent_delib.data import order, token_files
 from latent_delib.data.batches import Training, validation_documents
 from latent_delib.data.rows import segments
 from latent_delib.errors import UserError
-from tests.texts import equal
+from tests.texts import config_data, equal, write_token_files
 
 PAD, BOS, T, VOCAB = 0, 2, 16, 70_000
 SOURCES = ("lines:a", "lines:b", "lines:c")
@@ -34,7 +33,7 @@ def work_of(document):
 
 
 def write(directory, tokenizer, train, validation, dtype="uint16"):
-    meta = {
+    about = {
         "format": token_files.FORMAT,
         "seq_len": T,
         "vocab_size": VOCAB,
@@ -42,20 +41,9 @@ def write(directory, tokenizer, train, validation, dtype="uint16"):
         "pad_id": PAD,
         "dtype": dtype,
         "tokenizer_sha256": hashlib.sha256(tokenizer.read_bytes()).hexdigest(),
-        "train": [],
-        "validation": [],
     }
-    for i, (source, documents) in enumerate(train.items()):
-        meta["train"].append(
-            {"source": source, **token_files.write_train(directory, i, documents, meta)}
-        )
-    for i, (source, documents) in enumerate(validation.items()):
-        whole = [(work_of(d), d) for d in documents]
-        meta["validation"].append(
-            {"source": source, **token_files.write_validation(directory, i, whole, meta)}
-        )
-    token_files.write_meta(directory, meta)
-    return meta
+    of_works = {source: [(work_of(d), d) for d in validation[source]] for source in validation}
+    return write_token_files(directory, about, train, of_works)
 
 
 class Prepared:
@@ -75,15 +63,9 @@ class Prepared:
         self.meta = write(self.directory, self.tokenizer, self.train, self.validation, "int32")
 
     def data(self, **change):
-        data = {
-            "sources": SOURCES[:2],
-            "weights": (3.0, 1.0),
-            "validation": ("lines:v", "lines:w"),
-            "token_files": self.directory,
-            "seq_len": T,
-            "max_bad_records": 0,
-        }
-        return ConfigDict(data | change)
+        fields = {"sources": SOURCES[:2], "weights": (3.0, 1.0)}
+        fields |= {"validation": ("lines:v", "lines:w"), "token_files": self.directory}
+        return config_data(**fields | change)
 
     def batches(self, count, batch_size=8, seed=0, **arguments):
         data = self.data(**{k: arguments.pop(k) for k in ("sources", "weights") if k in arguments})

@@ -21,6 +21,7 @@ from latent_delib.lm import load
 from latent_delib.nn.layers import PARAM_AXES
 from latent_delib.weights import coprocessor, folder, locate
 from latent_delib.weights.tensors import TensorFile
+from tests.workdirs import flip
 
 
 def same(one, two):
@@ -58,9 +59,7 @@ def test_a_fingerprint_is_stored_and_not_made_again(decoder_folder, tmp_path):
     where = tmp_path / "decoder"
     shutil.copytree(decoder_folder, where)
     assert folder.fingerprint(where) == hashed(where) == folder.fingerprint(decoder_folder)
-    data = (where / "model.safetensors").read_bytes()
-    # which only its hash would tell
-    (where / "model.safetensors").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    flip(where / "model.safetensors", 0.9)  # which only its hash would tell
     assert folder.fingerprint(where) == hashed(decoder_folder) != hashed(where)
     (where / "fingerprint.json").unlink()  # as folders were written before
     assert folder.fingerprint(where) == hashed(where)
