@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from tests.texts import WORDS
+from tests.texts import WORDS, write_token_files
 
 assert "jax" not in sys.modules, "XLA reads its flags once: nothing may import jax before this file"
 
@@ -249,6 +249,14 @@ def smollm2_folder(smollm2_gguf, once) -> str:
 
 
 @pytest.fixture(scope="session")
+def documents(texts, tokenizer_path) -> list[list[int]]:
+    """The tokens of each validation document."""
+    from latent_delib.data.tokenizer import Tokenizer
+
+    return [Tokenizer(tokenizer_path).encode(text) for text in texts["validation"]]
+
+
+@pytest.fixture(scope="session")
 def token_folder(texts, sources, tokenizer_path, once) -> Path:
     """What `prepare` would write for the tiny config."""
     return (
@@ -269,7 +277,7 @@ def write_tokens(
     from latent_delib.data.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(tokenizer_path)
-    meta = {
+    about = {
         "format": token_files.FORMAT,
         "seq_len": 32,
         "vocab_size": tokenizer.vocab_size,
@@ -282,14 +290,9 @@ def write_tokens(
         split: [np.array(tokenizer.encode(text), np.int32) for text in texts[split]]
         for split in texts
     }
-    meta["train"] = [
-        {"source": sources["train"], **token_files.write_train(folder, 0, tokens["train"], meta)}
-    ]
+    train = {sources["train"]: tokens["train"]}
     held_out = [(f"{i % 2}.txt", document) for i, document in enumerate(tokens["validation"])]
-    meta["validation"] = [
-        {"source": sources["validation"], **token_files.write_validation(folder, 0, held_out, meta)}
-    ]
-    token_files.write_meta(folder, meta)
+    write_token_files(folder, about, train, {sources["validation"]: held_out})
 
 
 @pytest.fixture(scope="session")
@@ -345,6 +348,14 @@ def trained(make_config, once) -> Path:
 
     with sharing():
         return once("trained", lambda folder: train.train(make_config(), str(folder)))
+
+
+@pytest.fixture(scope="session")
+def trained_lm(decoder_folder, trained):
+    """The model of the tiny config, trained to its end."""
+    import latent_delib as ld
+
+    return ld.AugmentedLM(ld.load_decoder(str(decoder_folder)), ld.load_coprocessor(str(trained)))
 
 
 @pytest.fixture

@@ -5,6 +5,11 @@ import numpy as np
 A, MAX = 4, 32  # evaluate.num_ahead and evaluate.max_length of the tiny config
 
 
+def cut(documents, length, bos=2):
+    """Pieces of at most `length` tokens, each of one document and begun by BOS."""
+    return [[bos, *d[i : i + length - 1]] for d in documents for i in range(0, len(d), length - 1)]
+
+
 def ahead_logprobs(lm, pieces):
     """log p of the next A tokens after every token, plain and with latents: [pieces, MAX, A]."""
     text = np.zeros((len(pieces), MAX + A), np.int32)

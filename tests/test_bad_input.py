@@ -122,7 +122,7 @@ def error(command_line, monkeypatch, capsys):
         ("--configg=3", ["--configg", "--config?"]),
     ],
 )
-def test_train_refuses(error, config_file, tmp_path, capsys, argument, words):
+def test_train_refuses(error, config_file, tmp_path, argument, words):
     line = error(
         "train", f"--config={config_file()}", f"--workdir={tmp_path / 'workdir'}", argument
     )
@@ -157,11 +157,6 @@ def test_config_files_and_flags(error, config_file, tmp_path):
     "field, value, words",
     [
         ("embed_dim", 30, ["embed_dim=30", "num_heads=4"]),
-        ("num_kv_heads", 3, ["num_heads=4", "num_kv_heads=3"]),
-        ("head_dim", 7, ["head_dim=7", "even"]),
-        ("activation", "relu", ["activation='relu'", "gelu"]),
-        ("layer_pattern", ("local",), ["window=0"]),
-        ("num_layers", 0, ["num_layers=0"]),
         ("num_layers", "four", ["num_layers='four'", "int"]),
         ("post_norms", "yes", ["post_norms='yes'", "bool"]),
         ("layer_pattern", "local", ["layer_pattern='local'", "tuple"]),
@@ -170,17 +165,11 @@ def test_config_files_and_flags(error, config_file, tmp_path):
         ("vocab_size", 100, ["config.decoder.tokenizer", "1024 pieces", "100"]),
     ],
 )
-def test_architectures_that_do_not_fit(error, tmp_path, field, value, words):
-    path = tmp_path / "config.py"
-    path.write_text(
-        "from ml_collections import ConfigDict\nfrom configs import base\n\n\ndef get_config():\n"
-        "    c = base.get_config()\n    c.decoder.path = ''\n"
-        f"    c.decoder.architecture = ConfigDict({ARCHITECTURE | {field: value}!r})\n"
-        "    return c\n"
-    )
-    named(
-        error("train", f"--config={path}", f"--workdir={tmp_path / 'w'}"), "config.decoder", *words
-    )
+def test_architectures_that_do_not_fit(error, config_file, tmp_path, field, value, words):
+    architecture = ARCHITECTURE | {field: value}
+    path = config_file({"decoder.path": "", "decoder.architecture": architecture})
+    line = error("train", f"--config={path}", f"--workdir={tmp_path / 'w'}")
+    named(line, "config.decoder", *words)
 
 
 def test_a_workdir_where_a_decoder_is_expected(error, config_file, tmp_path):
@@ -190,13 +179,8 @@ def test_a_workdir_where_a_decoder_is_expected(error, config_file, tmp_path):
     named(line, f"did you mean {tmp_path}/run/decoder?")
 
 
-def test_an_architecture_other_than_the_folder_s(error, tmp_path, decoder_folder):
-    path = tmp_path / "config.py"
-    path.write_text(
-        "from configs import base\n\n\ndef get_config():\n    c = base.get_config()\n"
-        f"    c.decoder.path = {str(decoder_folder)!r}\n"
-        "    c.decoder.architecture.num_layers = 5\n    return c\n"
-    )
+def test_an_architecture_other_than_the_folder_s(error, config_file, tmp_path, decoder_folder):
+    path = config_file({"decoder.architecture": {"num_layers": 5}})
     line = error("train", f"--config={path}", f"--workdir={tmp_path / 'w'}")
     named(line, "config.decoder.architecture", decoder_folder, "num_layers=4, expected 5")
 
@@ -324,9 +308,10 @@ def test_evaluate_and_generate_need_a_checkpoint(
 ):
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     config = config_file()
-    for workdir, words in (("nowhere", "holds no checkpoints"), ("empty", "holds no checkpoints")):
-        at = tmp_path / workdir
-        named(error("evaluate", f"--config={config}", f"--workdir={at}"), at, words)
+    out = f"--out={tmp_path}/out"
+    for workdir in ("nowhere", "empty"):
+        at, words = tmp_path / workdir, "holds no checkpoints"
+        named(error("evaluate", f"--config={config}", f"--workdir={at}", out), at, words)
         named(error("generate", f"--workdir={at}", "--prompt=the cat"), f"error: {at}: ", words)
     line = error("generate", f"--workdir={decoder_folder}", "--prompt=a")
     named(line, decoder_folder, "is a decoder's folder", "workdir of a training job")
@@ -336,10 +321,10 @@ def test_evaluate_and_generate_need_a_checkpoint(
         "[2, 4]",
     )
     named(
-        error("evaluate", f"--config={config}", f"--workdir={trained}", "--step=3"),
+        error("evaluate", f"--config={config}", f"--workdir={trained}", "--step=3", out),
         "no checkpoint of step 3",
     )
-    assert not (tmp_path / "nowhere").exists()
+    assert not (tmp_path / "nowhere").exists() and not (tmp_path / "out").exists()
 
 
 def test_results_that_have_no_place_are_met_before_the_work(error, config_file, tmp_path):
@@ -388,50 +373,28 @@ def test_generate_refuses(error, trained):
     )
 
 
-@pytest.mark.parametrize(
-    "lines, said",
-    [
-        ("", ["holds no prompts"]),
-        ('{"prompt": "a"}\n{"prompt": \n', [":2: not JSON", '{"prompt": TEXT}']),
-        ('{"prompt": "a", "seed": ' + "1" * 5000 + "}", [":1: not JSON"]),
-        # the mark is no mistake
-        ('\ufeff{"prompt": "a", "seed": true}', [":1: seed=True", "whole number"]),
-        ('{"prompt": "a"}\n\n', [":2:", "JSON"]),
-        ('["a"]\n', [":1:", '"prompt"']),
-        ('{"prompt": ""}\n', [":1:", '"prompt"']),
-        ('{"prompt": "a", "seed": -1}\n', [":1: seed=-1", "at least 0"]),
-        (
-            '{"prompt": "a", "seed": 9223372036854775808}\n',
-            [":1: seed=9223372036854775808", "at most"],
-        ),
-        (b"\xff", ["not UTF-8 at byte 0"]),
-        (None, ["No such file"]),
-    ],
-)
-def test_generate_refuses_a_file_of_prompts(lines, said, error, trained, tmp_path):
+def test_generate_refuses_a_file_of_prompts(error, trained, tmp_path):
     path = tmp_path / "prompts.jsonl"
-    if lines is not None:
-        path.write_bytes(lines if isinstance(lines, bytes) else lines.encode())
-    named(
-        error("generate", f"--workdir={trained}", f"--prompts={path}", f"--out={tmp_path}/o"),
-        str(path),
-        *said,
-    )
+    flags = (f"--workdir={trained}", f"--prompts={path}", f"--out={tmp_path}/o")
+    named(error("generate", *flags), path, "No such file")
+    path.write_text('{"prompt": "a"}\n{"prompt": \n')
+    named(error("generate", *flags), f"{path}:2: not JSON", '{"prompt": TEXT}')
 
 
-def test_evaluate_refuses_bad_validation_data(error, config_file, trained):
-    at = f"--workdir={trained}"
+def test_evaluate_refuses_bad_validation_data(error, config_file, trained, tmp_path):
+    at = (f"--workdir={trained}", f"--out={tmp_path}/out")
     named(
-        error("evaluate", f"--config={config_file({'data.validation': ()})}", at),
+        error("evaluate", f"--config={config_file({'data.validation': ()})}", *at),
         "config.data.validation",
         "empty",
     )
     named(
-        error("evaluate", f"--config={config_file({'evaluate.batch_size': 3})}", at),
+        error("evaluate", f"--config={config_file({'evaluate.batch_size': 3})}", *at),
         "config.evaluate.batch_size=3",
     )
-    line = error("evaluate", f"--config={config_file({'data.token_files': 'no_tokens'})}", at)
+    line = error("evaluate", f"--config={config_file({'data.token_files': 'no_tokens'})}", *at)
     named(line, "config.data.token_files", "no_tokens")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_real_process_prints_one_line_and_exits_1(config_file, tmp_path):

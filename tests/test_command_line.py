@@ -340,7 +340,6 @@ def test_ctrl_c_during_imports(tmp_path):
 INTERRUPTED = """
 import atexit
 from latent_delib.machine import commands
-from latent_delib.machine.command_line import CONFIG, FOLDERS, REQUIRED
 
 def main(values):
     raise KeyboardInterrupt

@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-from functools import partial
 
-import jax
 import numpy as np
 import pytest
 import workdirs
@@ -87,15 +85,7 @@ def test_it_learns_and_is_validated(make, distilled):
 @pytest.mark.slow
 def test_a_mesh_and_parts_change_nothing(make, distilled, tmp_path):
     train.train(make(MESH | {"train.accumulation": 2}), str(tmp_path))
-    rows = workdirs.rows_of(tmp_path), workdirs.rows_of(distilled)
-    for found, expected in zip(*rows, strict=True):
-        for key in {"loss", "grad_norm", *FIGURES} & expected.keys():
-            assert found[key] == pytest.approx(expected[key], rel=2e-5), key
-    jax.tree.map(
-        partial(np.testing.assert_allclose, rtol=0, atol=2e-6),
-        workdirs.weights_of(tmp_path),
-        workdirs.weights_of(distilled),
-    )
+    workdirs.assert_close(tmp_path, distilled, *FIGURES)
 
 
 @pytest.mark.slow

@@ -12,12 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import package
 import pytest
-from naive_perplexity import MAX, A, ahead_logprobs, everywhere, naive_rows, pooled
+from naive_perplexity import MAX, A, ahead_logprobs, cut, everywhere, naive_rows, pooled
 
 import latent_delib as ld
 from latent_delib import convert, evaluate
 from latent_delib import mesh as mesh_lib
-from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.delib import augment
 from latent_delib.delib.methods import param_axes
 from latent_delib.errors import UserError
@@ -42,23 +41,13 @@ KEYS = [
 
 
 @pytest.fixture(scope="module")
-def documents(texts, tokenizer_path):
-    return [Tokenizer(tokenizer_path).encode(text) for text in texts["validation"]]
-
-
-@pytest.fixture(scope="module")
 def pieces(documents):
     return cut(documents, MAX)
 
 
 @pytest.fixture(scope="module")
-def lm(decoder_folder, trained):
-    return ld.AugmentedLM(ld.load_decoder(str(decoder_folder)), ld.load_coprocessor(str(trained)))
-
-
-@pytest.fixture(scope="module")
-def logprobs(lm, pieces):
-    return ahead_logprobs(lm, pieces)
+def logprobs(trained_lm, pieces):
+    return ahead_logprobs(trained_lm, pieces)
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +60,6 @@ def evaluated(make_config, trained, tmp_path_factory):
     return result, out, printed.getvalue()
 
 
-def cut(documents, length, bos=2):
-    return [[bos, *d[i : i + length - 1]] for d in documents for i in range(0, len(d), length - 1)]
-
-
 def assert_same(rows, expected):
     """Perplexities to 1e-6 relative, so changes to a few 1e-4 of a percent; counts exactly."""
     assert len(rows) == A and all(set(KEYS) <= row.keys() for row in rows)
@@ -85,7 +70,7 @@ def assert_same(rows, expected):
     np.testing.assert_allclose(rows[:, 4], expected[:, 4], atol=3e-4)
 
 
-def test_a_checkpoint(make_config, trained, evaluated, logprobs, documents, pieces, lm):
+def test_a_checkpoint(trained, evaluated, logprobs, documents, pieces, trained_lm):
     result, out, _ = evaluated
     assert_same(result["rows"], pooled(logprobs, pieces, everywhere(pieces)))
     assert result["rows"][0]["tokens"] == sum(map(len, documents)) and len(pieces) > len(documents)
@@ -122,7 +107,7 @@ def test_a_checkpoint(make_config, trained, evaluated, logprobs, documents, piec
     }
     assert result["pieces"] == len(pieces)
     assert (result["checkpoint"], result["step"]) == (str(trained / "checkpoints" / "4"), 4)
-    assert result["fingerprint"] == lm.decoder.fingerprint
+    assert result["fingerprint"] == trained_lm.decoder.fingerprint
 
 
 def test_bfloat16_stays_near_float32(make_config, trained, evaluated, tmp_path):
@@ -203,7 +188,7 @@ def add_up(exp, params, ahead=None):
 
 
 @pytest.mark.parametrize("batch_size, positions", [(8, 8), (16, 2)])
-def test_some_positions(make_config, lm, logprobs, pieces, batch_size, positions):
+def test_some_positions(make_config, trained_lm, logprobs, pieces, batch_size, positions):
     """They are those of a naive sum, on both sides, in any batches; no others are computed."""
     computed = []
 
@@ -217,7 +202,7 @@ def test_some_positions(make_config, lm, logprobs, pieces, batch_size, positions
     changes = {"evaluate.max_positions": 3, "evaluate.seed": 7, "evaluate.batch_size": batch_size}
     rows = add_up(
         experiment.read(make_config(changes | {"evaluate.positions": positions})),
-        lm.params,
+        trained_lm.params,
         counting,
     )
     chosen = [views.positions(7, i, len(piece), 3, MAX) for i, piece in enumerate(pieces)]
@@ -244,12 +229,12 @@ def test_latents_behind_prompts_alone(
 
 @pytest.mark.parametrize("method", ["cache_augmentation", "decoder"])
 def test_a_longer_prompt_for_the_decoder_alone(
-    make_config, trained, lm, logprobs, pieces, tmp_path, method
+    make_config, trained, trained_lm, logprobs, pieces, tmp_path, method
 ):
     """The first tokens of a piece are lost to the evaluated model; both face the same tokens."""
     lost = 5
     plain = logprobs[0]
-    ours = ahead_logprobs(lm, [piece[:1] + piece[1 + lost :] for piece in pieces])[
+    ours = ahead_logprobs(trained_lm, [piece[:1] + piece[1 + lost :] for piece in pieces])[
         method != "decoder"
     ]
     changes = {"method.name": method, "evaluate.longer_prompt": lost}
@@ -330,7 +315,7 @@ def test_an_exported_coprocessor_stands_for_its_workdir(make_config, trained, ev
 
 
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
-def test_logits_divided_by_a_temperature(make_config, lm, softcap):
+def test_logits_divided_by_a_temperature(make_config, trained_lm, softcap):
     """Every term of a metric has them; a temperature of 1 changes no bit."""
     aug = experiment.read(make_config()).aug
     config = dataclasses.replace(aug.transformer.config, final_softcap=softcap)
@@ -338,8 +323,8 @@ def test_logits_divided_by_a_temperature(make_config, lm, softcap):
     draw = np.random.default_rng(0)
     x = jnp.asarray(draw.normal(size=(2, 3, config.embed_dim)), jnp.float32)
     targets = jnp.asarray(draw.integers(0, config.vocab_size, (2, 3)), jnp.int32)
-    arguments = aug, lm.params, x, targets
-    table_VD = transformer.output_table(lm.params["decoder"])
+    arguments = aug, trained_lm.params, x, targets
+    table_VD = transformer.output_table(trained_lm.params["decoder"])
     logp = jax.nn.log_softmax(transformer.unembed(table_VD, x, config) / 1.5)
     expected = -np.take_along_axis(np.asarray(logp), np.asarray(targets)[..., None], -1)[..., 0]
     found = augment.nll(*values.divided(1.5, *arguments))
@@ -368,22 +353,15 @@ def test_programs_are_shared(make_config):
     assert values.jit_steps(experiment.read(make_config({"evaluate.delay": 2}))) is not steps
 
 
-def test_mistakes(make_config, trained, make_decoder, tmp_path):
-    def refused(message, changes, workdir=trained, step=None):
+def test_bad_settings_write_nothing(make_config, trained, tmp_path):
+    def refused(message, changes):
         with pytest.raises(ld.UserError, match=message) as caught:
-            evaluate.evaluate(make_config(changes), str(workdir), str(tmp_path / "out"), step)
+            evaluate.evaluate(make_config(changes), str(trained), str(tmp_path / "out"))
         assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
-    refused("holds no checkpoints", {}, tmp_path)
-    refused("step 3", {}, step=3)
-    refused("method.num_latents is 2", {"method.num_latents": 3})
-    refused("method.placement", {"method.placement": "overlay"})
-    refused("method.name", {"method.name": "pause_tokens"})
-    refused("decoder.fingerprint", {"decoder.path": str(make_decoder(8))})
     refused("evaluate.max_positions=-1", {"evaluate.max_positions": -1})
     refused("evaluate.seed=-1", {"evaluate.seed": -1})
     refused("evaluate.delay=31", {"evaluate.delay": 31})
-    refused("evaluate.batch_size=3", {"evaluate.batch_size": 3})
     refused("evaluate.temperature=0.0: expected more than 0", {"evaluate.temperature": 0.0})
     refused("longer_prompt=30", {"evaluate.longer_prompt": 30, "evaluate.max_pieces": 2})
 

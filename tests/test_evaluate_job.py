@@ -12,7 +12,6 @@ import pytest
 
 import latent_delib as ld
 from latent_delib import evaluate
-from latent_delib.errors import Outage
 from latent_delib.job import experiment
 from latent_delib.measure import evaluations, perplexity
 from tests.fake_gcs import running
@@ -89,13 +88,10 @@ def assert_same(folder, expected):
     )
     for key in ("rows", "sets", "step", "pieces", "documents", "fingerprint"):
         assert found[key] == known[key]
-    assert {path.name for path in folder.iterdir()} >= {
+    assert sorted(path.name for path in folder.iterdir()) == [
         "documents.npz",
         "perplexity.json",
         "perplexity.png",
-    }
-    assert not [
-        path for path in folder.iterdir() if "partial" in path.name or path.name.endswith(".tmp")
     ]
 
 
@@ -329,15 +325,6 @@ def test_beside_a_finished_training_that_goes_on(trained, evaluated, capsys):
     assert said.startswith("step 4 was the last; ") and "its next checkpoint" in said
 
 
-def test_a_store_that_does_not_answer_as_evaluations_are_looked_for():
-    class Folder:
-        def exists(self):
-            raise ValueError("UNAVAILABLE: all 33 retries failed")
-
-    with pytest.raises(Outage):
-        evaluations.read_results(Folder())
-
-
 def test_a_training_that_died_or_is_another(make_config, trained, evaluated, tmp_path, capsys):
     with pytest.raises(ld.UserError, match="--watch: .*none: no such folder"):
         evaluate.evaluate_many(
@@ -442,8 +429,6 @@ def test_a_real_kill(config_file, trained, tmp_path, count):
 def test_on_gs(config_file, tmp_path):
     """The workdir in a bucket: what is whole there is found, and results lie beside it."""
     pytest.importorskip("google.cloud.storage")
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl makes the server's certificate")
     config, workdir = config_file(), "gs://bucket/some/run"
     with running(tmp_path) as server:
         for command in (("train",), ("evaluate", "--steps=2"), ("evaluate", "--watch")):

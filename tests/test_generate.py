@@ -25,7 +25,7 @@ def rows(path):
     return [json.loads(line) for line in path.read_text().removesuffix("\n").split("\n")]
 
 
-def test_a_file_of_prompts(trained, decoder_folder, tmp_path, capsys):
+def test_a_file_of_prompts(trained, trained_lm, tmp_path, capsys):
     asked = [
         {"prompt": "the cat\u2028", "seed": 3},
         {"prompt": "a dog ran to the door when", "id": "x"},
@@ -41,9 +41,8 @@ def test_a_file_of_prompts(trained, decoder_folder, tmp_path, capsys):
     assert [row["prompt"] for row in found] == prompts
     assert [row["seed"] for row in found] == [3, 12]  # its own, and the flag's with its place
     assert [row.get("id") for row in found] == [None, "x\ud83d"]  # what else a line holds stays
-    lm = ld.AugmentedLM(ld.load_decoder(str(decoder_folder)), ld.load_coprocessor(str(trained)))
     for name, augment in (("decoder", False), ("augmented", True)):
-        texts = lm.generate(prompts, 5, temperature=0.7, seed=[3, 12], augment=augment)
+        texts = trained_lm.generate(prompts, 5, temperature=0.7, seed=[3, 12], augment=augment)
         assert [row[name] for row in found] == texts
     assert [row["joined"] for row in found] == [
         [0],
@@ -59,19 +58,18 @@ def test_a_file_of_prompts(trained, decoder_folder, tmp_path, capsys):
     assert run(workdir=workdir, **flags) == ""
     said = capsys.readouterr().err
     assert "checkpoint 4 is damaged (trainable: " in said and "checkpoint 2 is used" in said
-    lm = ld.AugmentedLM(lm.decoder, ld.load_coprocessor(trained, 2))
+    lm = ld.AugmentedLM(trained_lm.decoder, ld.load_coprocessor(trained, 2))
     assert [row["augmented"] for row in rows(out)] == lm.generate(
         prompts, 5, temperature=0.7, seed=[3, 12]
     )
     assert "name another step, one of [2]" in run(workdir=workdir, step=4, **flags)
 
 
-def test_the_continuation_of_one_prompt_appears_as_it_is_decoded(trained, decoder_folder, capsys):
+def test_the_continuation_of_one_prompt_appears_as_it_is_decoded(trained, trained_lm, capsys):
     assert run(workdir=trained, prompt="the cat", temperature=0.7, seed=3) == ""
-    lm = ld.AugmentedLM(ld.load_decoder(decoder_folder), ld.load_coprocessor(trained))
     expected = ""
     for name, augment in (("decoder", False), ("augmented", True)):
-        (text,) = lm.generate(["the cat"], 5, temperature=0.7, seed=[3], augment=augment)
+        (text,) = trained_lm.generate(["the cat"], 5, temperature=0.7, seed=[3], augment=augment)
         expected += f"--- {name}\nthe cat{text}\n"
     assert capsys.readouterr().out.endswith(expected)
     assert "more than max_length=6" in run(workdir=trained, prompt="the cat", max_length=6)
@@ -83,8 +81,8 @@ TEMPLATE = """\
 """
 
 
-def test_chat(trained, decoder_folder, tmp_path, monkeypatch, capsys):
-    """A prompt is the message of a user; a line may hold a conversation, whatever the flags say."""
+def test_a_prompt_is_a_users_message(trained, decoder_folder, tmp_path, monkeypatch, capsys):
+    """A line of a file may hold a whole conversation."""
     assert "has no chat_template.jinja beside it" in run(workdir=trained, prompt="a", chat=True)
     decoder = tmp_path / "decoder"
     shutil.copytree(decoder_folder, decoder)
@@ -107,21 +105,37 @@ def test_chat(trained, decoder_folder, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.endswith(f"--- augmented\nthe cat\n\n{texts[0]}\n")
 
 
+NO_PROMPT = 'expected a "prompt" that is text'
+
+
 @pytest.mark.parametrize(
-    "line, words",
+    "lines, words",
     [
-        ({"messages": []}, "in.jsonl:1: messages: is empty"),
-        ({"messages": [{"role": "user"}]}, r"in.jsonl:1: messages[0]="),
-        ({"messages": [], "prompt": "a"}, 'in.jsonl:1: expected a "prompt" that is text'),
-        ({"prompt": ""}, 'in.jsonl:1: expected a "prompt" that is text'),
+        (b"", ": holds no prompts"),
+        (b"\xff", "not UTF-8 at byte 0"),
+        (b'{"prompt": "a"}\n{"prompt": \n', ':2: not JSON, expected {"prompt": TEXT}'),
+        (b'{"prompt": "a"}\n\n', ":2: not JSON"),
+        (b'{"prompt": "a", "seed": ' + b"1" * 5000 + b"}", ":1: not JSON"),
+        (b'["a"]\n', f":1: {NO_PROMPT}"),
+        (b'{"prompt": ""}\n', f":1: {NO_PROMPT}"),
+        (b'{"messages": [], "prompt": "a"}', f":1: {NO_PROMPT}"),
+        (b'{"messages": []}', ":1: messages: is empty"),
+        (b'{"messages": [{"role": "user"}]}', ":1: messages[0]="),
+        # the mark is no mistake
+        (b'\xef\xbb\xbf{"prompt": "a", "seed": true}', ":1: seed=True: expected a whole number"),
+        (b'{"prompt": "a", "seed": -1}\n', ":1: seed=-1: expected at least 0"),
+        (
+            b'{"prompt": "a", "seed": 9223372036854775808}\n',
+            ":1: seed=9223372036854775808: expected at most",
+        ),
     ],
 )
-def test_lines_that_hold_no_request(line, words, tmp_path):
-    (tmp_path / "in.jsonl").write_text(json.dumps(line))
-    flags = SimpleNamespace(prompt="", prompts=str(tmp_path / "in.jsonl"), seed=0)
+def test_lines_that_hold_no_request(lines, words, tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(lines)
     with pytest.raises(ld.UserError) as caught:
-        generate.read_requests(flags)
-    assert words in str(caught.value)
+        generate.read_requests(SimpleNamespace(prompt="", prompts=str(path), seed=0))
+    assert str(path) in str(caught.value) and words in str(caught.value)
 
 
 def test_the_model_of_the_flags(trained):
@@ -173,9 +187,6 @@ def test_a_rhythm_that_does_not_fit_the_method(trained, monkeypatch, method, fla
         ({"tensor": 3, "coprocessor_devices": 7}, "--tensor=3: expected a divisor of 1,"),
         ({"coprocessor_devices": 8}, "--coprocessor_devices=8: expected 0 to 7"),
         ({"coprocessor_devices": -1}, "--coprocessor_devices=-1: expected 0 to 7"),
-        ({"batch_size": 0}, "batch_size=0: expected at least 1"),
-        ({"max_length": 5}, "--max_length=5: expected more than --max_new_tokens=5"),
-        ({"prompt": "", "prompts": "none.jsonl", "seed": -1}, "--seed=-1: expected at least 0"),
         ({"attention": "flash"}, "attention='flash'"),
     ],
 )
@@ -183,16 +194,15 @@ def test_flags_that_do_not_fit(trained, flags, words):
     assert run(**{"workdir": trained, "prompt": "a"} | flags).startswith(f"error: {words}")
 
 
-def test_the_flags_reach_the_model(trained, decoder_folder, tmp_path):
+def test_the_flags_reach_the_model(trained, trained_lm, tmp_path):
     (tmp_path / "in.jsonl").write_text('{"prompt": "the cat"}\n')
     flags = dict(workdir=trained, prompts=tmp_path / "in.jsonl", out=tmp_path / "out.jsonl", seed=3)
     options = {"temperature": 5.0, "top_k": 9, "every": 3, "delay": 1}
-    lm = ld.AugmentedLM(ld.load_decoder(str(decoder_folder)), ld.load_coprocessor(str(trained)))
-    (whole,) = lm.continuations(["the cat"], 5, seed=[3], **options)
+    (whole,) = trained_lm.continuations(["the cat"], 5, seed=[3], **options)
     stop = whole.text[-1]
     assert run(**flags, **options, stop=stop) == ""
     (row,) = rows(tmp_path / "out.jsonl")
-    (expected,) = lm.continuations(["the cat"], 5, seed=[3], stop=stop, **options)
+    (expected,) = trained_lm.continuations(["the cat"], 5, seed=[3], stop=stop, **options)
     assert row["augmented"] == expected.text != whole.text
     assert row["joined"] == list(expected.joined) != [0]
 

@@ -315,8 +315,6 @@ def test_clock_jumps(trained, make_config, tmp_path, monkeypatch):
 def test_a_workdir_in_cloud_storage(trained, tiny, tmp_path):
     """Nothing of it on this machine's disk."""
     pytest.importorskip("google.cloud.storage")
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl makes the server's certificate")
     with fake_gcs.running(tmp_path) as server:
         env = os.environ | server.environment | {"PYTHONPATH": ROOT}
         command = [sys.executable, "-c", IN_STORAGE, repr(tiny)]
@@ -457,7 +455,7 @@ def test_a_trace_of_a_job_that_is_stopped(make_config, tmp_path, signal_before_s
 def test_a_dry_run_is_of_the_text_that_is_named(config_file, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        train.dry_run, "dry_run", lambda config, *rest: seen.append(config.data.sources)
+        train.dry_run, "dry_run", lambda config, *rest: seen.append((config.data.sources, *rest))
     )
     (tmp_path / "a.txt").write_text("a cat")
     given = {
@@ -465,8 +463,9 @@ def test_a_dry_run_is_of_the_text_that_is_named(config_file, tmp_path, monkeypat
         "text": f"{tmp_path}/a.txt",
         "workdir": f"{tmp_path}/run",
         "dry_run": True,
+        "topology": "v5e:4x4",
     }
     small.named(run_command("train", **given), "--text", "--held_out", "expected both")
     assert run_command("train", **given, held_out="packaged/validation") == ""
-    assert seen == [(f"files:{tmp_path}/a.txt",)]
+    assert seen == [((f"files:{tmp_path}/a.txt",), f"{tmp_path}/run", "v5e:4x4")]
     assert not (tmp_path / "run").exists()

@@ -100,8 +100,8 @@ def small_gemma():
 @pytest.mark.parametrize(
     "topology, limit", [("v5e:2x4", 15.75), ("v6e:2x4", 31.25), ("v5p:2x2x2", 95.74)]
 )
-def test_a_slice(topology, limit):
-    """Weights are gathered once for each use, the token table once.
+def test_weights_are_gathered_once_per_use(topology, limit):
+    """And the token table once.
 
     The compiler sums some gradients of matrices as small as these whole, where it scatters those of
     true size (docs/scaling.md).

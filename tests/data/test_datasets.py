@@ -10,7 +10,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from ml_collections import ConfigDict
 
 from latent_delib.data import questions, rows
 from latent_delib.data import text as reader
@@ -18,6 +17,7 @@ from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.errors import UserError
 from latent_delib.job.preparation import prepare
 from tests.fake_hub import COMMIT, environment, serving
+from tests.texts import config_data, config_to_prepare
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARDS = 18  # more than are read in turns
@@ -257,15 +257,8 @@ def test_texts_of_the_hub(tmp_path):
 
 def test_prepare_writes_the_same_each_time(tmp_path, tokenizer_path):
     write_dataset(tmp_path / "notes")
-    data = {
-        "sources": (f"hf:{tmp_path}/notes:train:text",),
-        "validation": (f"hf:{tmp_path}/notes:test:text",),
-        "token_files": "",
-        "seq_len": 32,
-        "max_bad_records": 0,
-    }
-    decoder = {"path": "", "tokenizer": str(tokenizer_path)}
-    config = ConfigDict({"data": data, "decoder": decoder})
+    train, test = ((f"hf:{tmp_path}/notes:{split}:text",) for split in ("train", "test"))
+    config = config_to_prepare(config_data(train, validation=test, seq_len=32), tokenizer_path)
     metas = [prepare(config, str(tmp_path / out)) for out in ("a", "b", "a")]
     assert metas[0] == metas[1] == metas[2]
     assert metas[0]["train"][0]["documents"] == 60  # those without text are left out
@@ -348,10 +341,7 @@ def test_questions_of_a_local_folder(tmp_path):
     named |= {f"{kind}:{data}:q,whole": kind for kind in ASKED}
     named |= {f"{kind}:{data}:q,answer,steps": kind for kind in ASKED[1:]}
     named[f"qa:{data}:q,answer"] = "qa"
-    data = {"sources": tuple(named), "validation": tuple(named), "token_files": ""}
-    data |= {"seq_len": 64, "max_bad_records": 0}
-    decoder = {"path": "", "tokenizer": "packaged"}
-    config = ConfigDict({"data": data, "decoder": decoder})
+    config = config_to_prepare(config_data(tuple(named), seq_len=64), "packaged")
     meta = prepare(config, str(tmp_path / "tokens"))
     for split in ("train", "validation"):
         found = {kind: set() for kind in ASKED}

@@ -11,25 +11,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorstore
-from ml_collections import ConfigDict
 
 from latent_delib import prepare
 from latent_delib.data import batches, rows, text, text_files, token_files
 from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.errors import Outage, UserError
+from tests.texts import config_data, config_to_prepare
 
 T, PAD, CHUNK = 32, 0, 128  # rows of a chunk
 
 
 def make_data(source, folder="", limit=0, **change):
-    data = {
-        "sources": (source,),
-        "weights": (1.0,),
-        "validation": (source,),
-        "token_files": str(folder),
-        "seq_len": T,
-    }
-    return ConfigDict(data | {"max_bad_records": limit} | change)
+    fields = {"token_files": str(folder), "seq_len": T, "max_bad_records": limit}
+    return config_data((source,), **fields | change)
 
 
 @pytest.fixture
@@ -303,8 +297,7 @@ def test_prepare_says_where_it_looks_before_a_store_keeps_it_waiting(
         raise Outage(103, "UNAVAILABLE", out)
 
     monkeypatch.setattr(token_files, "read_meta", look)
-    about = {"path": "", "tokenizer": str(tokenizer_path)}
-    config = ConfigDict({"data": make_data(sources["train"]), "decoder": about})
+    config = config_to_prepare(make_data(sources["train"]), tokenizer_path)
     with pytest.raises(Outage):
         prepare.prepare(config, "gs://bucket/tokens")
     assert capsys.readouterr().out == "looking for token files in gs://bucket/tokens\n"
@@ -313,10 +306,7 @@ def test_prepare_says_where_it_looks_before_a_store_keeps_it_waiting(
 def test_prepare_counts_what_it_skips(bad_text, tokenizer_path, tmp_path, capsys):
     def run(limit, name):
         data = make_data(bad_text, "", limit, validation=(f"lines:{tmp_path}/text/2",))
-        config = ConfigDict(
-            {"data": data, "decoder": {"path": "", "tokenizer": str(tokenizer_path)}}
-        )
-        return prepare.prepare(config, str(tmp_path / name))
+        return prepare.prepare(config_to_prepare(data, tokenizer_path), str(tmp_path / name))
 
     meta = run(2, "out")
     assert [meta[split][0]["skipped"] for split in ("train", "validation")] == [2, 1]

@@ -7,8 +7,9 @@ from ml_collections import ConfigDict
 
 import latent_delib.data
 from latent_delib import evaluate, prepare, train
-from latent_delib.data import sources
+from latent_delib.data import batches, sources
 from latent_delib.errors import UserError
+from tests.texts import config_data
 
 
 def test_each_form():
@@ -135,13 +136,8 @@ def test_local_files_that_are_not_there(folder):
 
 
 def config_of(**change):
-    data = {
-        "sources": ("packaged/train",),
-        "weights": (1.0,),
-        "validation": ("packaged/validation",),
-        "seq_len": 8,
-    }
-    return ConfigDict({"data": data | {"token_files": "", "max_bad_records": 0} | change})
+    packaged = {"sources": ("packaged/train",), "validation": ("packaged/validation",)}
+    return ConfigDict({"data": config_data(**packaged | change)})
 
 
 COMMANDS = {
@@ -169,12 +165,24 @@ def test_a_wrong_source_is_told_before_anything_is_done(command, source, monkeyp
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate"])
-def test_with_token_files_sources_need_no_files(command):
-    """Nor the training text where only validation text is read."""
-    of_form = {"sources": ("files:none",), "validation": ("files:none",), "token_files": "tokens"}
-    with pytest.raises((AttributeError, KeyError)):  # of the config that holds nothing else
-        COMMANDS[command](config_of(**of_form))
-    if command == "evaluate":
-        with pytest.raises((AttributeError, KeyError)):
-            COMMANDS[command](config_of(sources=("files:none",)))
+@pytest.mark.parametrize("field", ["sources", "validation"])
+def test_with_token_files_sources_need_no_files(field):
+    given = {field: ("files:none",)}
+    batches.check(config_of(**given, token_files="tokens").data, field)
+    with pytest.raises(UserError, match="no file matches 'none'"):
+        batches.check(config_of(**given).data, field)
+
+
+@pytest.mark.parametrize("command, field", [("train", "sources"), ("evaluate", "validation")])
+def test_a_command_checks_the_text_that_it_reads(command, field, monkeypatch):
+    """And no other text: the first check ends the command here."""
+
+    class Checked(Exception):
+        pass
+
+    def check(data, field):
+        raise Checked(field)
+
+    monkeypatch.setattr(batches, "check", check)
+    with pytest.raises(Checked, match=f"^{field}$"):
+        COMMANDS[command](config_of())

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
-from ml_collections import ConfigDict
 
 from latent_delib import prepare as prepare_command
 from latent_delib.data import batches, rows, token_files
@@ -20,7 +19,7 @@ from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.errors import UserError
 from latent_delib.machine import progress
 from latent_delib.weights.locate import PACKAGED
-from tests.texts import WORDS, equal
+from tests.texts import WORDS, config_data, config_to_prepare, equal
 
 BOS, PAD, T = 2, 0, 16
 
@@ -78,18 +77,6 @@ def write_files(folder, files, documents_each, start=0):
         part = documents[i * documents_each : (i + 1) * documents_each]
         (folder / f"{i:02}.txt").write_text("\n\f\n".join(part) + "\n")
     return documents
-
-
-def config_data(sources, weights=None, **change):
-    weights = weights or (1.0,) * len(sources)
-    data = {
-        "sources": sources,
-        "weights": weights,
-        "validation": sources,
-        "token_files": "",
-        "seq_len": T,
-    }
-    return ConfigDict(data | {"max_bad_records": 0} | change)
 
 
 def train(data, tokenizer, count, batch_size=4, seed=0, **arguments):
@@ -268,7 +255,7 @@ def test_order_does_not_depend_on_where_the_files_lie(tokenizer, tmp_path):
     assert equal(train(config_data(here), tokenizer, 12), train(config_data(there), tokenizer, 12))
 
 
-def test_weights(tokenizer, tmp_path):
+def test_sources_are_mixed_by_weight(tokenizer, tmp_path):
     for name, word in {"a": "cat", "b": "dog"}.items():
         (tmp_path / name).write_text("\n".join([" ".join([word] * 30)] * 20))
     data = config_data((f"lines:{tmp_path}/a", f"lines:{tmp_path}/b"), (4.0, 1.0))
@@ -343,9 +330,7 @@ def test_a_tokenizer_must_have_bos_and_eos(tokenizer, tmp_path):
 
 
 def prepare(data, tokenizer, out):
-    return prepare_command.prepare(
-        ConfigDict({"data": data, "decoder": {"path": "", "tokenizer": tokenizer}}), str(out)
-    )
+    return prepare_command.prepare(config_to_prepare(data, tokenizer), str(out))
 
 
 def test_prepared_files_hold_what_text_holds(tokenizer, tmp_path, capsys, monkeypatch):

@@ -10,14 +10,12 @@ import types
 import numpy as np
 import pytest
 import tensorstore
-from ml_collections import ConfigDict
 
 from latent_delib.data import order, token_files
 from latent_delib.data.batches import Training, validation_documents
 from latent_delib.data.rows import segments
 from latent_delib.errors import UserError
-from latent_delib.machine import files
-from tests.texts import equal
+from tests.texts import config_data, equal, write_token_files
 
 PAD, BOS, T, VOCAB = 0, 2, 16, 70_000
 SOURCES = ("lines:a", "lines:b", "lines:c")
@@ -36,7 +34,7 @@ def work_of(document):
 
 
 def write(directory, tokenizer, train, validation, dtype="uint16"):
-    meta = {
+    about = {
         "format": token_files.FORMAT,
         "seq_len": T,
         "vocab_size": VOCAB,
@@ -44,20 +42,9 @@ def write(directory, tokenizer, train, validation, dtype="uint16"):
         "pad_id": PAD,
         "dtype": dtype,
         "tokenizer_sha256": hashlib.sha256(tokenizer.path.read_bytes()).hexdigest(),
-        "train": [],
-        "validation": [],
     }
-    for i, (source, documents) in enumerate(train.items()):
-        meta["train"].append(
-            {"source": source, **token_files.write_train(directory, i, documents, meta)}
-        )
-    for i, (source, documents) in enumerate(validation.items()):
-        whole = [(work_of(d), d) for d in documents]
-        meta["validation"].append(
-            {"source": source, **token_files.write_validation(directory, i, whole, meta)}
-        )
-    token_files.write_meta(directory, meta)
-    return meta
+    of_works = {source: [(work_of(d), d) for d in validation[source]] for source in validation}
+    return write_token_files(directory, about, train, of_works)
 
 
 def tokenizer_at(path, content):
@@ -83,15 +70,9 @@ class Prepared:
         self.meta = write(self.directory, self.tokenizer, self.train, self.validation, "int32")
 
     def data(self, **change):
-        data = {
-            "sources": SOURCES[:2],
-            "weights": (3.0, 1.0),
-            "validation": ("lines:v", "lines:w"),
-            "token_files": self.directory,
-            "seq_len": T,
-            "max_bad_records": 0,
-        }
-        return ConfigDict(data | change)
+        fields = {"sources": SOURCES[:2], "weights": (3.0, 1.0)}
+        fields |= {"validation": ("lines:v", "lines:w"), "token_files": self.directory}
+        return config_data(**fields | change)
 
     def batches(self, count, batch_size=8, seed=0, **arguments):
         data = self.data(**{k: arguments.pop(k) for k in ("sources", "weights") if k in arguments})
@@ -222,38 +203,6 @@ def test_arrays_of_several_files(tmp_path, monkeypatch):
     np.testing.assert_array_equal(found, np.concatenate(parts))
 
 
-def test_a_failed_write_leaves_no_trace(prepared, tmp_path):
-    with pytest.raises(OSError, match="disk"), files.atomic_folder(tmp_path / "out") as directory:
-        token_files.write_meta(str(directory), {})
-        raise OSError("disk")
-    assert not list(tmp_path.iterdir())
-    with files.atomic_folder(tmp_path / "out") as directory:
-        assert not (tmp_path / "out").exists()
-        token_files.write_meta(str(directory), prepared.meta)
-    assert (
-        token_files.read_meta(str(tmp_path / "out")) == prepared.meta
-        and len(list(tmp_path.iterdir())) == 1
-    )
-
-
-def test_of_two_at_once_the_first_stays(tmp_path):
-    with (
-        pytest.raises(UserError, match="another job"),
-        files.atomic_folder(tmp_path / "out") as second,
-    ):
-        with files.atomic_folder(tmp_path / "elsewhere") as first:
-            (first / "who").write_text("first")
-        (tmp_path / "elsewhere").rename(tmp_path / "out")
-        (second / "who").write_text("second")
-    assert (tmp_path / "out" / "who").read_text() == "first" and len(list(tmp_path.iterdir())) == 1
-
-
-def test_a_mount_point_is_refused_before_the_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(type(tmp_path), "is_mount", lambda self: self == tmp_path)
-    with pytest.raises(UserError, match="a mount point"), files.atomic_folder(tmp_path):
-        raise AssertionError
-
-
 def test_a_disk_that_takes_nothing_is_one_line(tmp_path):
     (tmp_path / "file").write_text("not a directory")
     with pytest.raises(NotADirectoryError, match="Not a directory: '.*file/x'") as error:
@@ -293,7 +242,7 @@ def test_bad_directories(prepared, tmp_path):
     assert "old/meta.json: not of token files" in message(token_files=str(tmp_path / "old"))
 
 
-def test_tensorflow_is_not_imported(prepared):
+def test_token_files_are_read_without_tensorflow_and_jax(prepared):
     program = f"""
 import pathlib, sys, types
 from ml_collections import ConfigDict
@@ -302,7 +251,7 @@ data = ConfigDict({prepared.data().to_dict()!r})
 tokenizer = types.SimpleNamespace(path=pathlib.Path({str(prepared.tokenizer.path)!r}))
 next(batches.Training(data, tokenizer).batches(batch_size=2, seed=0))
 next(batches.validation_documents(data, tokenizer=tokenizer))
-print(sorted({{"tensorflow", "seqio", "tensorflow_datasets"}} & set(sys.modules)))
+print(sorted({{"tensorflow", "seqio", "tensorflow_datasets", "jax"}} & set(sys.modules)))
 """
     result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True

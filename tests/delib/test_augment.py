@@ -21,9 +21,7 @@ from latent_delib.delib import traces as traces_lib
 from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.step import Objective, TrainState, train_step
 from latent_delib.delib.traces import PLACEMENTS
-from latent_delib.nn import cache as cache_lib
 from latent_delib.nn import transformer
-from latent_delib.nn.attention.primitive import Bounds
 from latent_delib.nn.transformer import Transformer
 
 
@@ -135,87 +133,6 @@ def test_a_teacher_that_sees_the_text_which_latents_replace():
         expected += 0.75 * np.sum(q * np.log(q / own)) + 0.25 * nll
     assert count == WEIGHTS.sum()
     np.testing.assert_allclose(total, expected, rtol=1e-5)
-
-
-@partial(jax.jit, static_argnums=0)
-def extend(config, weights, cache, x_BSD, position_BS, count_B):
-    """Reads more inputs (one row) after all that the cache holds; appends the first `count_B`."""
-    position = position_BS[:, None]
-    zero = jnp.zeros_like(position)
-    bounds = Bounds(zero, zero + cache.length[:, None, None], zero)
-    out, kv = Transformer(config).apply(
-        {"params": weights}, x_BSD[:, None], position, bounds, cache
-    )
-    return out[0, 0], cache_lib.append(cache, kv, position_BS, count_B)
-
-
-@pytest.mark.parametrize("placement", small.TWO_AND_SLOW)
-def test_traces_together_equal_separate_runs_through_the_cache(placement):
-    """One at a time, as in decoding: prefill, latents, latents in the cache, then each token."""
-    config = small.GEMMA
-    aug, params = setup(config, placement)
-    together, tokens = loss(aug, params, TOKENS, SEGMENT, AT)
-    nll, _ = trace_nll(aug, params, TOKENS, SEGMENT, AT)
-    decoder, coprocessor = (
-        {n: params[name][n] for n in ("layers", "final_norm")} for name in params
-    )
-
-    def embed(tokens):
-        return transformer.embed(params["decoder"]["embedding"], jnp.array(tokens), config)[None]
-
-    def one_trace(document, p):
-        reread = placement != "after"
-        cache = small.empty_cache(config, 1, T + L + A, jnp.float32)
-        text = np.pad(document, (0, T - len(document)))
-        _, cache = extend(
-            config, decoder, cache, embed(text), np.arange(T)[None], np.array([p + 1])
-        )
-        latent_position = naive.latent_position(p, L, placement)[None]
-        z, _ = extend(
-            config,
-            coprocessor,
-            cache,
-            params["coprocessor"]["soft_tokens"][None],
-            latent_position,
-            np.array([0]),
-        )
-        cache = cache._replace(length=cache.length - reread)
-        out, cache = extend(config, decoder, cache, z[None], latent_position, np.array([L]))
-        cache = cache_lib.by_position(cache)
-        outputs = [] if reread else [out[-1]]
-        shift = L if naive.moves(placement) else 0
-        targets = document[p + 1 : p + 1 + A]
-        for at in range(p + 1 - reread, p + len(targets)):
-            position = np.array([[at + shift]])
-            out, cache = extend(
-                config, decoder, cache, embed([document[at]]), position, np.array([1])
-            )
-            outputs.append(out[0])
-        return naive.nll(config, params["decoder"], np.array(outputs, np.float64), targets)
-
-    total = 0.0
-    for b, m in np.ndindex(AT.shape):
-        alone = one_trace(*document_of(b, m))
-        np.testing.assert_allclose(nll[b, m, : len(alone)], alone, rtol=1e-5, atol=1e-5)
-        total += alone.sum()
-    assert tokens == WEIGHTS.sum()
-    np.testing.assert_allclose(together, total, rtol=1e-5)
-
-
-@pytest.mark.parametrize("placement", small.TWO_AND_SLOW)
-def test_packed_documents_equal_each_document_alone(placement):
-    """The same three documents and traces in two rows and in four; a trace at T - 1 weighs 0."""
-    aug, params = setup(small.GEMMA, placement)
-    packed = loss(aug, params, TOKENS, SEGMENT, AT)
-    alone = np.zeros(2)
-    for rows in ([(0, 0, 9), (0, 9, 16)], [(1, 0, 12), (1, 12, 12)]):
-        tokens, segment, at = np.zeros((2, T), int), np.zeros((2, T), int), np.full((2, M), T - 1)
-        for i, (b, first, end) in enumerate(rows):
-            tokens[i, : end - first], segment[i, : end - first] = TOKENS[b, first:end], 1
-            inside = AT[b][(AT[b] >= first) & (AT[b] < end)] - first
-            at[i, : len(inside)] = inside
-        alone += loss(aug, params, tokens, segment, at)
-    np.testing.assert_allclose(packed, alone, rtol=1e-5)
 
 
 @pytest.mark.parametrize("placement", ["after", "overlay"])
@@ -429,22 +346,6 @@ def test_without_a_coprocessor_the_decoder_is_bit_identical():
         found = read(one, tree, TOKENS, SEGMENT)
         for ours, theirs in zip((found.outputs, found.cache.k, found.cache.v), expected):
             np.testing.assert_array_equal(ours, theirs)
-
-
-def test_loss_of_a_plain_decoder_is_that_of_all_text():
-    """Each token but a document's first, given its own document; no padding."""
-    config = small.GEMMA
-    _, params = setup(config, "after")
-    aug = Augmentation(Transformer(config), "decoder", 0, loss_chunk=5)
-    total, tokens = jax.jit(augment.loss, static_argnums=(0, 5))(
-        aug, {"decoder": params["decoder"]}, TOKENS, SEGMENT, AT, A
-    )
-    expected = 0.0
-    for document in (TOKENS[0, :9], TOKENS[0, 9:], TOKENS[1, :12]):
-        out = naive.text_outputs(config, params["decoder"], document, np.zeros(len(document)))
-        expected += naive.nll(config, params["decoder"], out[:-1], document[1:]).sum()
-    assert tokens == 8 + 6 + 11
-    np.testing.assert_allclose(total, expected, rtol=1e-5)
 
 
 def test_a_plain_decoder_learns_what_follows_prompts_alone():

@@ -67,7 +67,7 @@ def test_equals_log_softmax(chunk, shards, softcap):
 
 
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
-def test_bfloat16(softcap):
+def test_bfloat16_outputs_give_the_loss_of_float32(softcap):
     """Of bfloat16 outputs and a float32 table; each gradient has its argument's dtype."""
     x, embedding, target, weights = inputs(dtype=jnp.bfloat16)
     embedding = embedding.astype(jnp.bfloat16).astype(jnp.float32)

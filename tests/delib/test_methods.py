@@ -216,17 +216,6 @@ def test_a_trained_decoder_starts_as_it_is(name):
     assert tree["decoder"] is DECODER
 
 
-@pytest.mark.parametrize("name", ["pause_tokens", "static_tokens"])
-def test_pause_tokens_are_read_as_tokens_are_whatever_the_text(name):
-    tree = begin(name)
-    soft_LD = tree["coprocessor"]["soft_tokens"]
-    as_tokens_LD = transformer.embed(soft_LD, np.arange(len(soft_LD)), CONFIG)
-    assert CONFIG.scale_embeddings and np.all(as_tokens_LD != soft_LD)
-    for seed in range(2):
-        z = write(name, tree, text_of(seed))
-        np.testing.assert_array_equal(z, np.broadcast_to(as_tokens_LD, z.shape))
-
-
 @pytest.mark.parametrize(
     "name", [name for name in WRITING if METHODS[name].reads_text and name != "feedback"]
 )
@@ -251,20 +240,6 @@ def test_a_cartridge_starts_with_keys_and_values_of_tokens():
         np.testing.assert_allclose(found, expected[:, 0, 0], rtol=1e-5, atol=1e-5)
 
 
-def test_a_cartridge_is_rotated_to_the_places_of_its_latents_whatever_the_text():
-    tree = begin("cartridge")
-    one, other = (write("cartridge", tree, text_of(seed)) for seed in (0, 1))
-    np.testing.assert_array_equal(one.k, other.k)
-    np.testing.assert_array_equal(one.v, other.v)
-    keys, values = tree["coprocessor"]["keys"], tree["coprocessor"]["values"]
-    norm = np.linalg.norm(one.k, axis=-1)
-    np.testing.assert_allclose(
-        norm, np.broadcast_to(np.linalg.norm(keys, axis=-1), norm.shape), rtol=1e-5
-    )
-    np.testing.assert_array_equal(one.v, np.broadcast_to(values, one.v.shape))
-    assert not np.allclose(one.k[0, 0], one.k[0, 1])
-
-
 def test_a_single_latent_of_feedback_is_its_soft_token():
     tree = METHODS["feedback"].init(jax.random.key(0), DECODER, models("feedback"), 1)
     params = augment.assemble({"decoder": DECODER}, tree)
@@ -272,39 +247,6 @@ def test_a_single_latent_of_feedback_is_its_soft_token():
     z = METHODS["feedback"].write(params, models("feedback"), text_of(0), of_one)
     token = transformer.scaled(tree["coprocessor"]["soft_tokens"][0], CONFIG)
     np.testing.assert_array_equal(z, np.broadcast_to(token, (B, M, 1, CONFIG.embed_dim)))
-
-
-def test_feedback_reads_the_text_from_its_second_latent_on():
-    """The first is the token that begins the thoughts, scaled as tokens are."""
-    tree = begin("feedback")
-    one, other = (write("feedback", tree, text_of(seed)) for seed in (0, 1))
-    bot_D = transformer.scaled(tree["coprocessor"]["soft_tokens"][0], CONFIG)
-    for z in (one, other):
-        np.testing.assert_array_equal(z[:, :, 0], np.broadcast_to(bot_D, z[:, :, 0].shape))
-    assert np.all(np.abs(one[:, :, 1:] - other[:, :, 1:]).max(axis=-1) > 1e-3)
-
-
-def test_the_unified_model_is_a_coprocessor_of_the_decoders_weights():
-    tree, text = begin("unified"), text_of(0)
-    trained = {
-        "decoder": jax.tree.map(lambda x: x + 0.1, DECODER),
-        "coprocessor": tree["coprocessor"],
-    }
-    whole = {
-        "coprocessor": {n: trained["decoder"][n] for n in ("layers", "final_norm")}
-        | tree["coprocessor"]
-    }
-    np.testing.assert_array_equal(
-        write("unified", trained, text), write("cache_augmentation", whole, text)
-    )
-
-
-def test_the_first_latent_is_the_same_one_after_another():
-    """It has none before it; every other one has been told of that."""
-    tree, text = begin("sequential"), text_of(0)
-    one, other = write("sequential", tree, text), write("cache_augmentation", tree, text)
-    np.testing.assert_allclose(one[:, :, 0], other[:, :, 0], rtol=1e-5, atol=1e-5)
-    assert np.all(np.abs(one[:, :, 1:] - other[:, :, 1:]).max(axis=-1) > 1e-3)
 
 
 def through_identity(config, tree):
@@ -349,19 +291,6 @@ def test_maps_that_change_nothing(family, num_layers):
         METHODS["cache_augmentation"].write, models=Models(Transformer(own), Transformer(own))
     )
     expected = jax.jit(without)(params, reading=read, traces=TRACES)
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_an_assistant_that_is_the_decoder():
-    """Through a map that changes nothing, it is cache augmentation, at every weight."""
-    tree = begin("cache_augmentation")["coprocessor"]
-    text = text_of(0)
-    params = {"coprocessor": tree | {"latents_out": jnp.eye(CONFIG.embed_dim)}}
-    of_assistant = functools.partial(METHODS["assistant"].write, models=Models(MODEL, MODEL))
-    found = jax.jit(of_assistant)(
-        params, reading=text._replace(assistant=text.cache), traces=TRACES
-    )
-    expected = write("cache_augmentation", {"coprocessor": tree}, text)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 

@@ -233,7 +233,7 @@ PACKED = jnp.array(
 USABLE = [{0, 1, 2, 4, 5, 6, 7, 8, 9}, {2, 3, 4, 5, 6, 7, 8, 11}, {3, 4}]
 
 
-def test_draw():
+def test_traces_are_distinct_sorted_and_fair():
     keys = jax.random.split(jax.random.key(0), 400)
     drawn = np.array(jax.jit(jax.vmap(lambda key: traces.draw(key, PACKED, PACKED, 4)))(keys))
     assert drawn.dtype == np.int32 and drawn.shape == (400, 3, 4)

@@ -87,15 +87,11 @@ def test_a_disk_that_is_full(task):
         subprocess.run(["umount", str(workdir)], check=True)
 
 
-def test_a_record_that_is_bad_for_one_process_ends_both(task, tiny, token_folder):
+def test_a_record_that_is_bad_for_one_process_ends_both(task, token_folder):
     """And where some may be skipped, the job ends well."""
     shutil.copytree(token_folder, folder := task.root / "tokens")
     (file,) = (p for p in (folder / "train" / "0" / "tokens" / "c").rglob("*") if p.is_file())
-    with open(file, "r+b") as chunk:
-        chunk.seek(file.stat().st_size // 2)
-        byte = chunk.read(1)
-        chunk.seek(-1, os.SEEK_CUR)
-        chunk.write(bytes([byte[0] ^ 1]))
+    workdirs.flip(file)
     data = f"--config.data.token_files={folder}"
     with task.start(2, task.root / "bad", data) as job:
         assert job.wait() == [1, 1], job.said(0)

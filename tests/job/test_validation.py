@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 import workdirs
-from ml_collections import ConfigDict
 
 import latent_delib as ld
 from latent_delib import prepare, train
@@ -144,58 +143,78 @@ def test_delays_and_other_methods(make_config):
         assert tuple(found) == names and all(map(np.isfinite, found.values()))
 
 
-def test_the_rows(make_config, sources, tmp_path):
-    """Token files and text give the same; sources have equal shares; a large one is not read."""
+def test_token_files_and_text_give_the_same_rows(make_config, tmp_path):
     config = make_config()
-    rows = rows_of(config, 8)
-    among = {row.tobytes() for row in rows_of(config, 64)["tokens"]}
     prepare.prepare(config, str(tmp_path / "tokens"))  # in the order of the files
-    of_files = rows_of(make_config({"data.token_files": str(tmp_path / "tokens")}), 8)
-    of_text = rows_of(make_config({"data.token_files": ""}), 8)
-    assert all(np.array_equal(of_files[name], of_text[name]) for name in rows)
-    assert (rows["tokens"][:, 0] == 2).all() and rows["tokens"].shape == (8, 32)
-    assert len(np.unique(rows["tokens"], axis=0)) == 8
-    everything = rows_of(config, 64)
-    filled = everything["segment"].any(axis=1)
-    assert 8 < filled.sum() < 64 and not (filled[1:] & ~filled[:-1]).any(), "padding comes last"
-    assert all(row.tobytes() in among for row in rows["tokens"])
+    expected = rows_of(config, 8)
+    for token_files in (str(tmp_path / "tokens"), ""):
+        found = rows_of(make_config({"data.token_files": token_files}), 8)
+        assert all(np.array_equal(found[name], expected[name]) for name in expected)
 
+
+def test_rows_are_distinct_and_padding_comes_last(make_config):
+    rows, all_rows = rows_of(make_config(), 8)["tokens"], rows_of(make_config(), 64)
+    assert (rows[:, 0] == 2).all() and rows.shape == (8, 32)
+    assert len(np.unique(rows, axis=0)) == 8
+    assert contained(rows, all_rows["tokens"])
+    filled = all_rows["segment"].any(axis=1)
+    assert 8 < filled.sum() < 64 and not (filled[1:] & ~filled[:-1]).any()
+
+
+def contained(rows, among):
+    """Tells whether each row is one of others."""
+    return {row.tobytes() for row in rows} <= {row.tobytes() for row in among}
+
+
+@pytest.fixture
+def large(tmp_path):
+    """The source of a large file."""
     (tmp_path / "large.txt").write_text("a cat and a dog\n" * 100_000)
-    two = (f"lines:{tmp_path}/large.txt", sources["validation"])
-    data = ConfigDict({**config.data, "token_files": "", "validation": two})
-    read = []
-    route = batches.validation_documents
+    return f"lines:{tmp_path}/large.txt"
+
+
+@pytest.fixture
+def rows_of_sources(make_config):
+    """rows_of_sources(sources, count) -> rows of text that is not prepared."""
+
+    def read(sources, count):
+        config = make_config({"data.token_files": "", "data.validation": sources})
+        return rows_of(config, count)["tokens"]
+
+    return read
+
+
+def test_a_large_source_is_not_read_to_its_end(rows_of_sources, sources, large, monkeypatch):
+    read, route = [], batches.validation_documents
 
     def counted(*args, **kwargs):
         for document in route(*args, **kwargs):
             read.append(document.source)
             yield document
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batches, "validation_documents", counted)
-        tokenizer = experiment.read(config).tokenizer
-        both = batches.validation_rows(data, tokenizer=tokenizer, count=8)
+    monkeypatch.setattr(batches, "validation_documents", counted)
+    rows_of_sources((large, sources["validation"]), 8)
     assert len(read) < 2000
     read.clear()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batches, "validation_documents", counted)
-        patch.setattr(batches, "MOST_READ", 16)
-        batches.validation_rows(data, tokenizer=tokenizer, count=8)
+    monkeypatch.setattr(batches, "MOST_READ", 16)
+    rows_of_sources((large, sources["validation"]), 8)
     assert len(read) < 250, "at most 16 rows"
-    of_text = rows_of(make_config({"data.token_files": ""}), 4)["tokens"]
-    assert np.array_equal(both["tokens"][4:], of_text)
-    assert not np.array_equal(both["tokens"][:4], of_text)
-
-    data.validation = (two[1], two[1], two[1], two[1], two[0])  # 2, 2, 2, 1 and 1 row
-    *own, last = batches.validation_rows(data, tokenizer=tokenizer, count=8)["tokens"]
-    among = {row.tobytes() for row in rows_of(make_config({"data.token_files": ""}), 64)["tokens"]}
-    assert all(row.tobytes() in among for row in own) and last.tobytes() not in among
-    few = batches.validation_rows(data, tokenizer=tokenizer, count=3)["tokens"]
-    assert all(row.tobytes() in among for row in few), "more sources than rows"
 
 
-def test_what_is_refused(make_config, tmp_path, capsys):
-    """Before the step is compiled, whether the decoder is frozen or trained."""
+def test_sources_have_equal_shares_of_the_rows(rows_of_sources, sources, large):
+    small = sources["validation"]
+    of_large, of_small = np.split(rows_of_sources((large, small), 8), 2)
+    alone = rows_of_sources((small,), 4)
+    assert np.array_equal(of_small, alone) and not np.array_equal(of_large, alone)
+
+    five, among = (small, small, small, small, large), rows_of_sources((small,), 64)
+    rows = rows_of_sources(five, 8)  # 2, 2, 2, 1 and 1
+    assert contained(rows[:-1], among) and not contained(rows[-1:], among)
+    assert contained(rows_of_sources(five, 3), among), "more sources than rows"
+
+
+def test_bad_held_out_text_is_refused_before_compiling(make_config, tmp_path, capsys):
+    """Whether the decoder is frozen or trained."""
     for changes, words in (
         ({"train.validate_every": 3, "train.log_every": 2}, "validate_every=3.*log_every=2"),
         ({"train.validate_every": 1, "data.validation": ()}, "config.data.validation: empty"),

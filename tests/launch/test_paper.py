@@ -49,13 +49,16 @@ def here(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def run(here: Path, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [here / "launch" / script, *arguments]
+    env = {"PATH": os.defpath}
+    return subprocess.run(command, cwd=here, env=env, capture_output=True, text=True)
+
+
 def run_paper(here: Path, *arguments: str, code: int = 0) -> list[str]:
     """Returns the commands it ran, without `latent_delib.`; or what it said, where it fails."""
     (here / "calls").unlink(missing_ok=True)
-    command = [here / "launch/paper.sh", *arguments]
-    done = subprocess.run(
-        command, cwd=here, env={"PATH": os.defpath}, capture_output=True, text=True
-    )
+    done = run(here, "paper.sh", *arguments)
     assert done.returncode == code, done.stdout + done.stderr
     if code:
         return done.stderr.splitlines()
@@ -309,10 +312,7 @@ def test_all_of_a_protocol(here: Path) -> None:
 
 def test_the_time_left_counts_what_is_not_done(here: Path) -> None:
     run_paper(here, "lab/static_tokens")
-    command = [here / "launch/paper.sh", *(f"lab/{name}_tokens" for name in ("static", "pause"))]
-    done = subprocess.run(
-        command, cwd=here, env={"PATH": os.defpath}, capture_output=True, text=True
-    )
+    done = run(here, "paper.sh", "lab/static_tokens", "lab/pause_tokens")
     said = [line for line in done.stdout.splitlines() if "left" in line]
     assert said == ["== 0 of 2 experiments left, about 0 h 0 min"]
 
@@ -368,10 +368,7 @@ def test_the_script_finds_the_names_of_all_experiments(here: Path) -> None:
 def test_a_sweep_over_experiments(here: Path) -> None:
     shutil.copy(ROOT / "launch/sweep.sh", here / "launch")
     configs = "configs/paper.py:lab/overlay,configs/paper.py:b/after_8"
-    command = [here / "launch/sweep.sh", "s", configs, "seed=0", "--dry_run"]
-    done = subprocess.run(
-        command, cwd=here, env={"PATH": os.defpath}, capture_output=True, text=True
-    )
+    done = run(here, "sweep.sh", "s", configs, "seed=0", "--dry_run")
     folders = re.findall(r"--workdir=(\S+)", done.stdout.replace("\\", ""))
     assert folders == ["runs/s/paper-lab-overlay,seed=0", "runs/s/paper-b-after_8,seed=0"], (
         done.stderr

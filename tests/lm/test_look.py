@@ -152,7 +152,7 @@ def test_words_that_cannot_be_read_are_numbers(decoder):
     assert "the cat".endswith(look.words(lm, tokenizer.encode("the cat"))[-1])
 
 
-def test_mistakes(decoder, tokens):
+def test_bad_arguments_are_named(decoder, tokens):
     with pytest.raises(ld.UserError, match="no coprocessor"):
         look.attention(ld.AugmentedLM(decoder), tokens, AT)
     lm = ld.AugmentedLM(decoder, ld.init_coprocessor(decoder, L))

@@ -63,7 +63,7 @@ def test_mistakes_are_told_before_the_first_piece(lm):
 CONTROL = ["<s>", "</s>"]
 
 
-def write_bytes_as_tokens(folder):
+def bytes_as_tokens():
     """A vocabulary of bytes that are tokens of their own, as Llama 2's, and a few words."""
     pieces = [*CONTROL, "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁cat", "s", "é", "!"]
     ids = {piece: i for i, piece in enumerate(pieces)}
@@ -73,7 +73,7 @@ def write_bytes_as_tokens(folder):
     return model
 
 
-def write_byte_level(folder):
+def byte_level():
     """A vocabulary whose letters stand for bytes, as Llama 3's."""
     from tokenizers import pre_tokenizers
 
@@ -89,8 +89,8 @@ def tokenizer(request, tokenizer_path, tmp_path_factory):
     if request.param == "sentencepiece":
         return Tokenizer(tokenizer_path)
     folder = tmp_path_factory.mktemp(request.param)
-    write = write_bytes_as_tokens if request.param == "bytes" else write_byte_level
-    write(folder).save(str(folder / "tokenizer.json"))
+    make = bytes_as_tokens if request.param == "bytes" else byte_level
+    make().save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
     return Tokenizer(folder / "tokenizer.json")
 

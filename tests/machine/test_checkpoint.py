@@ -26,6 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from latent_delib.errors import Outage, UserError
 from latent_delib.machine.checkpoint import Checkpoints, open_for_reading
 from latent_delib.machine.contents import leaf_sums
+from tests.workdirs import flip
 
 # What orbax leaves to the garbage collector of a read that failed.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -244,12 +245,6 @@ def test_what_is_kept(tmp_path):
 def largest(folder, item):
     """The file with the most of an item's arrays."""
     return max((folder / item).rglob("d/*"), key=lambda p: p.stat().st_size)
-
-
-def flip(path, at):
-    data = bytearray(path.read_bytes())
-    data[int(at * len(data))] ^= 1
-    path.write_bytes(data)
 
 
 def cut(path, part):

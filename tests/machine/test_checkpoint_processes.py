@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from latent_delib.machine.checkpoint import Checkpoints
 from tests.processes import Job
+from tests.workdirs import flip
 
 
 def trees(seed, mesh):
@@ -62,9 +63,7 @@ def process(workdir: str) -> None:
     if index == 0:
         parts = Path(workdir).glob("checkpoints/4/trainable/ocdbt.process_1/d/*")
         file = max(parts, key=lambda p: p.stat().st_size)
-        data = bytearray(file.read_bytes())
-        data[len(data) // 2] ^= 1
-        file.write_bytes(data)
+        flip(file)
     else:
         read = checkpoints.handler.restore
 

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from functools import partial
 
 import jax
 import numpy as np
@@ -19,7 +18,7 @@ import latent_delib as ld
 from latent_delib import evaluate, train
 from latent_delib import mesh as mesh_lib
 from latent_delib.errors import UserError
-from latent_delib.machine import checkpoint, distributed, roll_call
+from latent_delib.machine import distributed, roll_call
 from tests.processes import ROOT, Job, free_port
 
 # The commands' work, several times in the same processes: starting them takes longer.
@@ -72,30 +71,7 @@ def run(count, devices, folder, *tasks):
     return [json.loads(line.removeprefix("RESULT ")) for line in results[0]]
 
 
-def assert_close(workdir, expected):
-    """Metrics and weights: float32 sums in another order, so the last places differ."""
-    rows, known = (
-        [json.loads(x) for x in (w / "metrics.jsonl").read_text().splitlines()]
-        for w in (workdir, expected)
-    )
-    assert [row["step"] for row in rows] == [row["step"] for row in known] == [1, 2, 3, 4]
-    for key in ("loss", "grad_norm"):
-        np.testing.assert_allclose([r[key] for r in rows], [r[key] for r in known], rtol=2e-5)
-    one, other = (saved(w) for w in (workdir, expected))
-    assert one.step == other.step == 4
-    assert jax.tree.structure(one.trainable) == jax.tree.structure(other.trainable)
-    jax.tree.map(
-        partial(np.testing.assert_allclose, rtol=0, atol=2e-6), one.trainable, other.trainable
-    )
-
-
-def saved(workdir):
-    return checkpoint.open_for_reading(str(workdir))[0].restore_newest()
-
-
-def test_two_processes_equal_one(
-    shared_steps, tiny, trained, make_config, decoder_folder, tmp_path
-):
+def test_two_processes_equal_one(tiny, trained, make_config, decoder_folder, tmp_path):
     """Trains, evaluates, goes on from one process's checkpoint, writes a decoder held in parts."""
     other = "process 1 has another config than process 0: "
     other += "expected the same command and files on every worker"
@@ -113,8 +89,8 @@ def test_two_processes_equal_one(
         ("differ", tiny, "evaluate", str(tmp_path / "fresh"), str(tmp_path / "differ")),
     )
     assert stopped == 0 and train_said == evaluate_said == other
-    assert_close(tmp_path / "fresh", trained)
-    assert_close(tmp_path / "resumed", trained)
+    workdirs.assert_close(tmp_path / "fresh", trained)
+    workdirs.assert_close(tmp_path / "resumed", trained)
     assert json.loads((tmp_path / "out" / "perplexity.json").read_text()) == result
     assert_same_perplexity(
         result, evaluate.evaluate(make_config(), str(tmp_path / "fresh"), str(tmp_path / "alone"))
@@ -137,7 +113,7 @@ def test_four_processes_on_every_mesh_axis_equal_one(tiny, trained, make_config,
         ("train", split, str(tmp_path / "fresh")),
         ("evaluate", split, str(trained), str(tmp_path / "out")),
     )
-    assert_close(tmp_path / "fresh", trained)
+    workdirs.assert_close(tmp_path / "fresh", trained)
     workdirs.copy_at_step_2(trained, tmp_path / "one")
     train.train(make_config(validated), str(tmp_path / "one"))
     several, one = (workdirs.rows_of(tmp_path / name)[-1] for name in ("fresh", "one"))
@@ -264,10 +240,10 @@ def call_roll(count, *others, seconds=5.0):
 def test_the_roll():
     assert call_roll(3, (3, 2), (3, 1)) == ([1, 2], [0], [0])
     missing = (
-        "--distributed: 2 of 4 processes did not connect to ADDRESS within 3 s: number 1, 3; "
+        "--distributed: 2 of 4 processes did not connect to ADDRESS within 1 s: number 1, 3; "
         "is the command running on every worker, and the port open between them?"
     )
-    assert call_roll(4, (4, 2), seconds=3.0) == (missing, missing), "everyone is told"
+    assert call_roll(4, (4, 2), seconds=1.0) == (missing, missing), "everyone is told"
     for count, others, found in (
         (3, [(3, 1), (3, 1)], "1 of 3; expected 1 ... 2 of 3"),
         (2, [(3, 1)], "1 of 3; expected 1 ... 1 of 2"),

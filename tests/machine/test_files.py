@@ -153,6 +153,24 @@ def test_an_interrupt_during_a_replacement_loses_no_folder(tmp_path, monkeypatch
     assert [path.name for path in (tmp_path / "a").iterdir()] == expected
 
 
+def test_a_replacement_that_fails_leaves_the_old_folder(tmp_path):
+    """The folder is replaced whole, or not at all."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "old").write_text("")
+    with pytest.raises(OSError, match="disk"), files.atomic_folder(tmp_path / "a", replace=True):
+        raise OSError("the disk is full")
+    assert names(tmp_path) == ["a"] and names(tmp_path / "a") == ["old"]
+    with files.atomic_folder(tmp_path / "a", replace=True) as partial:
+        (partial / "new").write_text("")
+    assert names(tmp_path) == ["a"] and names(tmp_path / "a") == ["new"]
+
+
+def test_a_mount_point_is_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "is_mount", lambda self: self == tmp_path)
+    with pytest.raises(UserError, match="a mount point"), files.atomic_folder(tmp_path):
+        raise AssertionError
+
+
 def test_what_is_in_the_way(tmp_path):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "full").mkdir()

@@ -7,6 +7,7 @@ import os
 import pytest
 from etils import epath
 
+from latent_delib import benchmark
 from latent_delib.errors import Outage, UserError
 from latent_delib.job import build
 from latent_delib.machine import saved_steps, workdir
@@ -40,6 +41,10 @@ def test_a_store_that_does_not_answer_as_steps_are_looked_for(tmp_path, monkeypa
         build.step_of_decoder(str(tmp_path))
     with pytest.raises(Outage):
         perplexity.PartialSums(epath.Path(tmp_path) / "partial.npz", []).restore({})
+    with pytest.raises(Outage):
+        evaluations.read_results(epath.Path(tmp_path))
+    with pytest.raises(Outage):
+        benchmark._read_rows(epath.Path(tmp_path) / "benchmarks.json", None)
 
 
 @pytest.mark.parametrize("name, found", [("read_text", Outage), (None, UserError)])

@@ -4,28 +4,19 @@ import json
 
 import numpy as np
 import pytest
+from naive_perplexity import cut
 
 from latent_delib import evaluate
-from latent_delib.data import token_files
-from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.errors import UserError
 from latent_delib.job import experiment
 from latent_delib.measure.text import read_validation_text
 from latent_delib.results.evaluation import as_text
-
-
-@pytest.fixture(scope="module")
-def documents(texts, tokenizer_path):
-    return [Tokenizer(tokenizer_path).encode(text) for text in texts["validation"]]
+from tests.texts import write_token_files
 
 
 @pytest.fixture
 def read(make_config):
     return lambda changes: read_validation_text(experiment.read(make_config(changes)))
-
-
-def cut(documents, length, bos=2):
-    return [[bos, *d[i : i + length - 1]] for d in documents for i in range(0, len(d), length - 1)]
 
 
 @pytest.mark.parametrize("length", [2, 7, 16, 500])
@@ -48,22 +39,12 @@ def test_a_quick_look_is_spread_over_the_source(read, documents):
     assert [text.works[work] for work in text.work] == [f"{document % 2}.txt" for document in kept]
 
 
-def test_sources_apart_and_together(
-    make_config, trained, texts, token_folder, tokenizer_path, tmp_path
-):
+def test_sources_apart_and_together(make_config, trained, documents, token_folder, tmp_path):
     """The same documents as two sources: the first has five of them."""
-    encode, parts = (
-        Tokenizer(tokenizer_path).encode,
-        {"lines:first": slice(0, 5), "lines:second": slice(5, None)},
-    )
-    folder, meta = str(tmp_path / "tokens"), json.loads((token_folder / "meta.json").read_text())
-    meta["validation"] = []
-    for number, (name, part) in enumerate(parts.items()):
-        found = (("", np.array(encode(text), np.int32)) for text in texts["validation"][part])
-        meta["validation"].append(
-            {"source": name, **token_files.write_validation(folder, number, found, meta)}
-        )
-    token_files.write_meta(folder, meta)
+    whole = [("", np.array(document, np.int32)) for document in documents]
+    parts = {"lines:first": whole[:5], "lines:second": whole[5:]}
+    folder, about = str(tmp_path / "tokens"), json.loads((token_folder / "meta.json").read_text())
+    write_token_files(folder, about, {}, parts)
     both = {"data.token_files": folder, "data.validation": tuple(parts)}
     result = evaluate.evaluate(make_config(both), str(trained), str(tmp_path / "both"))
     pooled = evaluate.evaluate(make_config(), str(trained), str(tmp_path / "pooled"))

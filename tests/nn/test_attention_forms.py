@@ -142,7 +142,7 @@ def test_bait_has_no_gradient():
         assert np.all(x[:, (0, -1)] == 0) and np.any(x[:, 1:-1] != 0)
 
 
-def test_bfloat16():
+def test_xla_in_bfloat16_stays_near_float32():
     operands, bounds, dout = inputs(SHAPES["traces"], jnp.bfloat16)
     out, grads = gradients("xla", operands, bounds, dout, (0, 1, 2), 0.0)
     whole = jax.tree.map(lambda x: x.astype(jnp.float32), (operands, dout))

@@ -142,7 +142,7 @@ WIDE = Case(H=256, M=5, S=30, T=150)
         pytest.param(WIDE, L4, marks=pytest.mark.slow),
     ],
 )
-def test_bfloat16(case, card):
+def test_bfloat16_stays_near_float32(case, card):
     """With the blocks of bfloat16. The reference rounds as it likes: float32 decides."""
     arrays, bounds = inputs(case, jnp.bfloat16), bounds_of(case)
     exact, exact_grads = out_and_grads(
@@ -198,14 +198,9 @@ BF16, F32 = jnp.bfloat16, jnp.float32
     "dtype, H, softcap, card, forward, query_gradient, own_gradient",
     [
         (BF16, 64, 0.0, L4, (4, 8, 3), (4, 8, 2), (4, 8, 2)),
-        (BF16, 128, 50.0, L4, (4, 8, 3), (4, 8, 2), (4, 8, 2)),
         (BF16, 256, 50.0, H100, (4, 8, 2), (4, 8, 2), (4, 8, 2)),
         (BF16, 256, 0.0, A100, (4, 8, 2), (8, 8, 2), (4, 8, 2)),
-        (BF16, 256, 50.0, L4, (8, 8, 2), (8, 8, 1), (8, 4, 2)),
-        (F32, 64, 50.0, L4, (16, 8, 1), (16, 8, 1), (8, 8, 1)),
-        (F32, 128, 0.0, L4, (16, 8, 1), (16, 8, 1), (8, 8, 1)),
-        (F32, 256, 0.0, A100, (16, 8, 1), (16, 8, 1), (8, 8, 1)),
-        (F32, 256, 50.0, L4, (16, 8, 1), (16, 8, 1), (16, 8, 1)),
+        (F32, 128, 50.0, L4, (16, 8, 1), (16, 8, 1), (8, 8, 1)),
     ],
 )
 def test_lowers_with_the_blocks_of_the_card(
@@ -232,23 +227,7 @@ def test_lowers_with_the_blocks_of_the_card(
     assert found == dict(forward=forward, query_gradient=query_gradient, own_gradient=own_gradient)
 
 
-# What the cards that the kernels are compiled for run.
-ARCHITECTURES = {
-    "a100": "sm_80",
-    "l4": "sm_89",
-    "h100": "sm_90",
-    "b200": "sm_100",
-    "rtx5090": "sm_120",
-}
-
-
-def test_every_architecture_has_a_card():
-    assert {
-        name: f"sm_{card.major}{card.minor}" for name, card in memory.CARDS.items()
-    } == ARCHITECTURES
-
-
-@pytest.mark.parametrize("name", memory.CARDS, ids=ARCHITECTURES.values())
+@pytest.mark.parametrize("name", memory.CARDS)
 def test_lowers_for_every_architecture(name):
     """For a card that is not there, with the blocks that its shared memory takes."""
     card = memory.CARDS[name]
@@ -319,9 +298,7 @@ def test_every_card_has_blocks_that_fit(kernel, dtype, H):
 @pytest.mark.parametrize(
     "H", [pytest.param(64, marks=pytest.mark.slow), pytest.param(128, marks=pytest.mark.slow), 256]
 )
-@pytest.mark.parametrize(
-    "card", memory.CARDS, ids=[f"{name}-{ARCHITECTURES[name]}" for name in memory.CARDS]
-)
+@pytest.mark.parametrize("card", memory.CARDS)
 def test_compiles_for_cards_that_are_not_there(card, H, dtype):
     """The published setting: traces of 31 tokens over a text of 2048."""
     one = memory.chip(card)

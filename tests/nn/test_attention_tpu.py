@@ -129,7 +129,7 @@ def test_equals_the_reference(case, variants):
             np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
-def test_bfloat16():
+def test_bfloat16_stays_near_float32():
     """As close to float32 on the same numbers as 8 bits allow."""
     case = Case(H=128, G=2, M=6, S=9, T=300, softcap=5.0)
     bounds = bounds_of(case)

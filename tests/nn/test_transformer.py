@@ -15,7 +15,7 @@ from latent_delib.nn import cache as cache_lib
 from latent_delib.nn import layers, rotary, sizes, transformer
 from latent_delib.nn.attention.primitive import Bounds
 from latent_delib.nn.layers import RMSNorm, biased
-from latent_delib.nn.sizes import SIZES, TransformerConfig
+from latent_delib.nn.sizes import ADDED_LATER, SIZES, TransformerConfig
 from latent_delib.nn.transformer import Transformer
 
 T = 14  # nearly three windows
@@ -218,3 +218,21 @@ def test_config_fills_in_what_is_left_out():
     )
     assert (config.head_dim, config.query_scale) == (6, 6**-0.5)
     assert config.is_local == (True, True, False, True, True, False)
+
+
+def test_a_head_of_its_own_leaves_the_other_leaves_as_they_were_drawn():
+    """Random decoders of old runs stay what they are."""
+    tied = small.GEMMA
+    untied = dataclasses.replace(tied, untied_head=True)
+    one, two = (
+        jax.jit(transformer.init, static_argnums=1)(jax.random.key(3), config)
+        for config in (tied, untied)
+    )
+    assert two.pop("head").shape == two["embedding"].shape
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+def test_later_fields_are_written_only_where_they_say_something():
+    assert not set(ADDED_LATER) & small.GEMMA.to_dict().keys()
+    assert small.LLAMA.to_dict()["untied_head"] is small.LLAMA.to_dict()["qkv_bias"] is True
+    assert TransformerConfig.from_dict(small.LLAMA.to_dict(), "x") == small.LLAMA

@@ -246,7 +246,7 @@ def test_held_out_text(folder):
     assert all(any(t in text for t in found) for text in texts)  # of every work
 
 
-def test_mistakes(folder, tmp_path, monkeypatch):
+def test_a_full_folder_and_a_missing_package_are_told(folder, tmp_path, monkeypatch):
     with pytest.raises(ld.UserError, match="tasks: already exists"):
         make_tasks.make_tasks(str(folder))
     monkeypatch.setattr(make_tasks.metadata, "version", _missing)

@@ -22,7 +22,7 @@ def test_a_vocabulary_of_a_text(tmp_path):
         make_vocabulary(f"{tmp_path}/*.txt", 9999, str(tmp_path / "c.model"), 2e7)
 
 
-def test_what_is_refused(tmp_path):
+def test_bad_text_and_no_bytes_are_refused(tmp_path):
     (tmp_path / "1.txt").write_text("the cat\n")
     (tmp_path / "2.txt").write_bytes(b"caf\xe9\n")
     with pytest.raises(UserError, match="^--text: .*2.txt is not UTF-8"):

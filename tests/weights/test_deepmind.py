@@ -62,7 +62,7 @@ def test_more_rows_of_the_token_table_are_padding(tmp_path, tokenizer_path, know
     assert folder.read_config(tmp_path / "out") == padded
 
 
-def test_what_is_refused(tmp_path, tokenizer_path, monkeypatch):
+def test_checkpoints_that_cannot_be_converted(tmp_path, tokenizer_path, monkeypatch):
     where, out = save(tmp_path / "theirs", tree(CONFIG)), tmp_path / "out"
     given = {"tokenizer": str(tokenizer_path)}
     refused(where, out, where, "no known size", "'embed_dim': 24", "--size", **given)
@@ -100,7 +100,7 @@ def test_what_is_refused(tmp_path, tokenizer_path, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", ["metadata", "metadata is gone", "data"])
-def test_damaged_folders(tmp_path, tokenizer_path, known, damage, capsys):
+def test_damaged_folders(tmp_path, tokenizer_path, known, damage):
     where = save(tmp_path / "theirs", tree(CONFIG))
     if damage == "metadata":
         (where / "_METADATA").write_text('{"tree_metadata": {"x": ')

@@ -109,7 +109,7 @@ def cases(hf, tokenizer_path, tmp_path):
 @pytest.mark.parametrize(
     "kind", ["safetensors", "config", "index", "gguf", "gguf_keys", "gguf_tensors"]
 )
-def test_damaged_headers(cases, tmp_path, kind, capsys):
+def test_damaged_headers(cases, tmp_path, kind):
     source, file, damage = cases[kind]
     whole, out, draw = file.read_bytes(), tmp_path / "out", random.Random(kind)
     before = sorted(p.name for p in tmp_path.iterdir())

@@ -32,7 +32,7 @@ def test_a_folder_of_hugging_face_s(hf, tmp_path, family):
     assert found.tokenizer.chat(messages) == expected.tokenizer.chat(messages)
 
 
-def test_what_is_refused(hf, tmp_path):
+def test_decoders_that_cannot_be_loaded(hf):
     theirs = hf("llama")
     with pytest.raises(ld.UserError, match="expected a folder that latent_delib.convert has made"):
         locate.find_decoder(str(theirs))  # as training does
