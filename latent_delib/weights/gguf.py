@@ -177,8 +177,9 @@ class GGUF:
         if a._replace(begin=0) != b._replace(begin=0):
             return False
         with open(self.path, "rb") as file:
-            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        return data[a.begin :][: a.num_bytes] == data[b.begin :][: b.num_bytes]
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        x, y = (np.frombuffer(data, np.uint8, each.num_bytes, each.begin) for each in (a, b))
+        return np.array_equal(x, y)
 
     def dtype(self, name: str) -> np.dtype:
         """Returns the dtype that `read` returns: bfloat16 for tensors stored so, else float32."""

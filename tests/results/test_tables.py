@@ -68,7 +68,8 @@ def test_each_source_and_each_work_has_a_row(tmp_path):
     part = {"rows": ahead(-0.5), "documents": 2, "interval_over": "documents of one work"}
     works = dict.fromkeys(("novel.txt", "manual.txt"), part)
     source = {"rows": ahead(-0.5), "documents": 4}
-    several, one = {"books": source | {"works": works}}, {"books": source | {"works": {}}}
+    several = {"books": source | {"works": works}}
+    one = {"books": source | {"works": {"novel.txt": part}}}
     perplexity(tmp_path / "new", -0.5, sets=several, interval_over="works")
     perplexity(tmp_path / "one", -0.5, sets=one, interval_over="documents of one work")
     (table,) = (t for t in tables.tables(runs.find([str(tmp_path)])) if t.name == "11_every_method")
