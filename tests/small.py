@@ -80,7 +80,7 @@ def coprocessor(config, num_latents, seed=1):
     return tree | at_random(seed + 1, {"soft_tokens": np.zeros((num_latents, config.embed_dim))})
 
 
-def with_method(coprocessor, **changes):
+def with_method(coprocessor, /, **changes):
     """The same parameters, as if `config.method` had these values in training."""
     record = coprocessor.record
     config = record.config | {"method": record.config["method"] | changes}
