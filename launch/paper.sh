@@ -6,7 +6,7 @@
 #   ./launch/paper.sh lab/overlay lab/after@1       some; @1 is another seed
 #   ./launch/paper.sh lab/overlay -- --config.train.steps=20    more arguments for train and evaluate
 #   ./launch/paper.sh lab_58k/overlay lab_23k/overlay    the same proportions for smaller decoders, which are made first
-#   ./launch/paper.sh questions                     four rows on Countdown, in twenty minutes on two idle CPU cores
+#   ./launch/paper.sh questions                     four rows on Countdown, in thirteen minutes on two idle CPU cores
 #   ./launch/paper.sh hops                          latents instead of written steps, four rows
 #   LATENT_DELIB_EXTRAS=cuda ./launch/gpu.sh ./launch/paper.sh b/overlay b/after      on a GPU: protocols lab_gpu and b
 #

@@ -9,7 +9,8 @@ Write a table with its first column, and run this. A comment above the table nam
   <!-- table: runs=lab source=0 -->           of its first validation source alone
   <!-- table: runs=problems accuracy=1 -->    percent of problems solved, by the columns' benchmarks
   <!-- table: runs=hops costs=1 accuracy=1 -->    trained parameters and GFLOP per step before these
-  <!-- table: methods=1 -->                   each experiment on text (`lab`) and questions (`hops`)
+  <!-- table: methods=1 -->                   each experiment: the cost of a step, text (`lab`),
+                                              questions (`hops`)
 
 The words in the first column say which evaluation a row is: `NAME@SEED`, @0 where none is given,
 and one of PHRASES. "against `NAME`" and "against its own" name another base, work by work.
@@ -20,6 +21,8 @@ Columns on text are `n = N`, `mean` over all n, and `below / above`: at how many
 below zero, and above it.
 """
 
+import json
+import math
 import re
 from functools import cache
 from pathlib import Path
@@ -49,6 +52,10 @@ PHRASES = {  # words of a row -> the folder of an evaluation
     "two tokens late": "delay2",
     "three tokens late": "delay3",
     "logits divided by 1.05": "temperature",
+}
+STEP_MS = {
+    row["experiment"]: row["ms"]
+    for row in json.loads((RESULTS / "methods.json").read_text())["rows"]
 }
 SOURCES = {"kinds trained on": "0", "unseen": "1"}
 READ = {file.path: cache(file.read) for file in packed.files_below(RESULTS)}  # by path
@@ -152,7 +159,7 @@ def cells(folder: str, row: Row, head: list[str]) -> list[str]:
 
 
 def summary(run: str) -> list[str]:
-    """Returns what an experiment costs, and what it gains on text and on questions, by seed.
+    """Returns what a step of an experiment costs, and what it gains on text and questions, by seed.
 
     On text it is the mean of the changes at n = 1 to 32, on works of the kinds trained on.
     """
@@ -169,7 +176,8 @@ def summary(run: str) -> list[str]:
             (solved,) = accuracies("hops", row, ["hops.test"], is_plain=False)
             on_questions.append(solved.partition(" ")[0])
             costs = costs if any(costs) else costs_of("hops", row)
-    return [*costs, " / ".join(on_text), " / ".join(on_questions)]
+    seconds = STEP_MS.get(f"lab/{name}", STEP_MS.get(f"hops/{name}", math.nan))
+    return [*costs, f"{seconds:.0f}", " / ".join(on_text), " / ".join(on_questions)]
 
 
 def costs_of(folder: str, row: Row) -> list[str]:
