@@ -150,8 +150,9 @@ def within_window(
     positions, because latents share positions.
     """
     U = position_BMU.shape[-1]
-    query = jnp.arange(U)[U - bounds.own_start.shape[-1] :]
-    oldest = (position_BMU[:, :, query] - window)[..., None]
+    S = bounds.own_start.shape[-1]
+    query = jnp.arange(U - S, U)
+    oldest = (position_BMU[:, :, U - S :] - window)[..., None]
     near = own_in_range(bounds.own_start, U) & (position_BMU[:, :, None, :] > oldest)
     own_start = query + 1 - near.sum(-1)
     if prefix_position_BT is None:
