@@ -5,7 +5,8 @@
 Without names it times the rows of the table of all methods in docs/results.md, which takes its
 seconds from docs/results/methods.json. `lab/assistant` needs the decoder of
 `./launch/paper.sh lab_58k/pretrain`. A step is the whole one of `train`, with the settings of the
-experiment and its devices; the text is random.
+experiment and its devices; the text is random. Only protocols whose decoder has the size of the
+packaged one can be timed: lab, problems, depth, questions and hops.
 """
 
 import argparse

@@ -229,8 +229,8 @@ PROTOCOLS = {
     # More steps than the decoder has learned: it learns 1.6 million look-ups of one to three steps.
     # Then coprocessors, or the decoder itself, are trained on look-ups of four to six steps.
     "depth": Protocol("gemma2_160k", LAB | FAR, PRETRAIN_DEPTH),
-    # Twenty minutes in all: the packaged decoder is trained further, with questions, until it
-    # answers a third of them. Then each experiment is trained on the answers.
+    # The packaged decoder is trained further, with questions, until it answers some of them. Then
+    # each experiment is trained on the answers.
     "questions": Protocol("gemma2_160k", LAB | QUESTIONS, PRETRAIN_LAB | PRETRAIN_QUESTIONS),
     # Latents instead of steps: the packaged decoder learns to answer in written steps. Then each
     # experiment learns to answer at once. The decoder that has read the steps teaches `distilled`.

@@ -31,7 +31,7 @@ from latent_delib.errors import UserError, extra, store_errors
 from latent_delib.job import build
 from latent_delib.job.record import Record
 from latent_delib.lm import load
-from latent_delib.lm.inputs import ATTENTION_FLAG, check_attention, check_rhythm
+from latent_delib.lm.inputs import ATTENTION_FLAG, check_attention, check_joining
 from latent_delib.lm.model import AugmentedLM
 from latent_delib.machine import arguments, commands, files
 from latent_delib.machine.command_line import REQUIRED
@@ -99,7 +99,7 @@ def _check_flags(flags: Any, chosen: dict[str, BenchmarkRow]) -> None:
     models = suites.listed(flags.model)
     if not models or not set(models) <= set(MODELS):
         raise UserError(f"--model={flags.model}: expected some of {', '.join(MODELS)}")
-    check_rhythm(flags.every, flags.delay)
+    check_joining(flags.every, flags.delay)
     check_attention(flags.attention)
     arguments.whole("--batch_size", flags.batch_size, 1)
     arguments.whole("--max_length", flags.max_length, 2)
@@ -123,7 +123,7 @@ def _find_subject(flags: Any) -> Subject:
         record = load.read_record(workdir, flags.step)
         decoder = load.decoder_of(workdir, record)
         config = record.config
-        check_rhythm(flags.every, flags.delay, record["method.every"], record["method.name"])
+        check_joining(flags.every, flags.delay, record["method.every"], record["method.name"])
         if METHODS[record["method.name"]].write is None:
             config = config | {"method": config["method"] | {"num_latents": 0}}
     elif flags.step is not None:

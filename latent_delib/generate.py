@@ -182,7 +182,7 @@ def load_model(flags: Any) -> AugmentedLM:
     augment = writes_latents and not flags.no_augment
     if augment:
         delay = None if flags.coprocessor_devices else flags.delay
-        inputs.check_rhythm(flags.every, delay, record["method.every"], method)
+        inputs.check_joining(flags.every, delay, record["method.every"], method)
     else:
         _refuse_rhythm(flags, "--no_augment" if writes_latents else f"method {method}")
     path = load.decoder_of(flags.workdir, record)

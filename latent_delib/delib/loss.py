@@ -100,7 +100,7 @@ def summed_loss(
       weight_BR: float32; it gets no gradient.
       teacher_BRD: as for `token_loss`; the teacher gets no gradient, and gives the table none.
       shards: number of parts into which the sequences are split over devices. Each part sums its
-        own gradient of the table over all chunks; then the devices add up theirs, once.
+        own gradient of the table over all chunks; then the parts are added up, once.
     """
     loss_BR = token_loss(x_BRD, table_VD, target_BR, softcap, chunk, distill, teacher_BRD)
     return jnp.sum(loss_BR * weight_BR)

@@ -61,7 +61,7 @@ def received(exp: Experiment) -> float:
     Weights are gathered for each use in each part of a batch, the token tables once per step. A
     coprocessor counts as one forward and one backward use. A coprocessor that reads the text by
     itself, or writes latents one by one, receives more than this. So does a job that trains token
-    tables: it gathers them for each part of a batch, and sums their gradients once per use.
+    tables: for each part of a batch it gathers them, and sums their gradients once per use.
     """
     architecture = exp.aug.transformer.config
     method = METHODS[exp.aug.method]

@@ -65,19 +65,19 @@ def check_options(
         if name not in known:
             raise UserError(f"{name}: unknown option, expected one of {', '.join(known)}")
     sampler = Sampler(**sampling).checked()
-    own, method = (aug.every, aug.method) if aug else (0, "decoder")
-    every, delay = check_rhythm(every, delay, own, method)
+    own, method = (aug.every, aug.method) if aug else (0, None)
+    every, delay = check_joining(every, delay, own, method)
     return GenerationOptions(max_new_tokens, sampler, every or own, delay)
 
 
-def check_rhythm(
-    every: int, delay: int | None, own: int = 0, method: str = "decoder"
+def check_joining(
+    every: int, delay: int | None, own: int = 0, method: str | None = None
 ) -> tuple[int, int | None]:
     """Returns `every` and `delay` as plain Python numbers.
 
     Args:
       own: the number of tokens after which the model's latents recur by themselves; 0: they do not.
-      method: the model's method; "decoder" where no model is loaded yet.
+      method: the model's method; None: no model is loaded yet.
 
     Raises:
       UserError: both `every` and `own` are set; latents would join after the next ones are due; or
@@ -94,7 +94,7 @@ def check_rhythm(
         rhythm = every or own
         if rhythm and delay >= rhythm:
             raise UserError(f"delay={delay}: expected less than every={rhythm}")
-    if delay != 0 and METHODS[method].writes_keys:
+    if delay != 0 and method and METHODS[method].writes_keys:
         given = "coprocessor_devices" if delay is None else f"delay={delay}"
         raise UserError(
             f"{given}: method {method!r} writes keys, which depend on their position, so they "

@@ -186,7 +186,7 @@ class AugmentedLM:
           progress: gets the number of pieces that are done.
         """
         texts = arguments.several("texts", texts)
-        every, _ = inputs.check_rhythm(every, 0, self.aug.every)
+        every, _ = inputs.check_joining(every, 0, self.aug.every)
         batch_size = arguments.whole("batch_size", batch_size, 1)
         bos_id = self.tokenizer.bos_id
         pieces: list[np.ndarray] = []

@@ -22,11 +22,14 @@ def exclusive(workdir: str) -> Iterator[None]:
     """Holds a local workdir for one job: process 0 has a lock, which ends with the process.
 
     Raises:
-      UserError: another job holds the workdir, or it cannot be written or locked.
+      UserError: another job holds the workdir; it cannot be written or locked; or it is in a store
+        other than gs://.
     """
     if is_remote(workdir) or jax.process_index():
         yield
         return
+    if "://" in workdir:
+        raise UserError(f"--workdir={workdir}: expected a local path or gs://BUCKET/PATH")
     try:
         files.make_folder(Path(workdir))
         lock = open(Path(workdir) / ".lock", "a+")

@@ -19,7 +19,7 @@ def local_path(path: str) -> Path:
       UserError: the path is in a store, or the Hub does not give the model.
     """
     if "://" in path:
-        raise UserError(f"decoder {path!r}: expected a local folder; download it, and name that")
+        raise UserError(f"{path!r}: expected a local path; download it, and name that")
     return PACKAGED if path == "packaged" else hub.download(path)
 
 

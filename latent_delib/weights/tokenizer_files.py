@@ -12,21 +12,19 @@ CHAT_TEMPLATE = "chat_template.jinja"  # Hugging Face's name
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 
 
-def tokenizer_path(folder: Path) -> Path:
+def tokenizer_path(folder: Path, remedy: str = "put one there") -> Path:
     """Returns the tokenizer's path in a folder, ours or Hugging Face's.
 
     If both are there, it is tokenizer.model, unless that lacks tokens which the model was given
     later: see `_lacks_tokens`.
 
     Raises:
-      UserError: neither is there, or tokenizer.model is not a SentencePiece model.
+      UserError: neither is there (the message gives the remedy), or tokenizer.model is not a
+        SentencePiece model.
     """
     found = [folder / name for name in TOKENIZERS if (folder / name).is_file()]
     if not found:
-        raise UserError(
-            f"{folder}: has no tokenizer, neither {' nor '.join(TOKENIZERS)}; put one there, or "
-            "give one to `convert` with --tokenizer=PATH"
-        )
+        raise UserError(f"{folder}: has no tokenizer, neither {' nor '.join(TOKENIZERS)}; {remedy}")
     if len(found) > 1 and _lacks_tokens(found[0]):
         return found[1]
     return found[0]
@@ -86,7 +84,8 @@ def tokenizer_writer(folder: Path) -> Callable[[Path], None]:
 
     The function raises UserError as `tokenizer_path`.
     """
-    return lambda out: copy_tokenizer(tokenizer_path(folder), out)
+    remedy = "put one there, or give one to `convert` with --tokenizer=PATH"
+    return lambda out: copy_tokenizer(tokenizer_path(folder, remedy), out)
 
 
 def copy_tokenizer(path: Path, folder: Path) -> None:

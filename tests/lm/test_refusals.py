@@ -170,7 +170,7 @@ def test_positions_and_tokens_ahead(lm, positions, ahead, said):
 DECODERS = [
     ({"path": "nowhere"}, "decoder 'nowhere': .*config.json does not exist"),
     ({"path": None}, "path=None: expected a path"),
-    ({"path": "gs://b/x"}, "decoder 'gs://b/x': expected a local folder"),
+    ({"path": "gs://b/x"}, "'gs://b/x': expected a local path"),
     ({"dtype": "int8"}, "dtype=int8: expected float32 or bfloat16"),
     ({"dtype": "float99"}, "dtype=float99: expected float32 or bfloat16"),
     ({"dtype": np.float16}, "dtype=float16: expected float32 or bfloat16"),

@@ -24,6 +24,15 @@ def test_a_disk_without_locks_is_not_another_job(tmp_path, monkeypatch):
             pass
 
 
+def test_a_store_that_is_not_supported(tmp_path, monkeypatch):
+    """Otherwise a Python caller's results would lie in a local folder named s3:."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="--workdir=s3://b/run: expected a local path or gs://"):
+        with workdir.exclusive("s3://b/run"):
+            pass
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_store_that_does_not_answer_as_steps_are_looked_for(tmp_path, monkeypatch):
     """The clients of stores answer is_dir() with no then; a job would begin at step 0."""
 

@@ -92,6 +92,14 @@ def trained_coprocessor(trained):
     return ld.load_coprocessor(str(trained))
 
 
+def test_a_folder_of_ours_without_a_tokenizer(decoder_folder, tmp_path):
+    """`convert` takes no --tokenizer for it, so the message offers none."""
+    shutil.copytree(decoder_folder, tmp_path / "decoder")
+    (tmp_path / "decoder" / "tokenizer.model").unlink()
+    with pytest.raises(UserError, match="has no tokenizer, .*; put one there$"):
+        ld.load_decoder(str(tmp_path / "decoder"))
+
+
 def test_a_coprocessor_is_exported_and_read_again(
     trained, trained_coprocessor, decoder_folder, tmp_path
 ):

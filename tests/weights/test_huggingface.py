@@ -515,7 +515,7 @@ def test_files_that_are_refused(hf, tmp_path):
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", out, "nothing known in it", "or hf:OWNER/NAME")
     for far in ("gs://bucket/x", "https://huggingface.co/x"):
-        refused(far, out, f"{far!r}: expected a local folder; download it")
+        refused(far, out, f"{far!r}: expected a local path; download it")
     with pytest.raises(UserError, match="gs://bucket/x: expected a local folder"):
         convert(str(where), "gs://bucket/x")
 
