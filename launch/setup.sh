@@ -7,7 +7,7 @@
 #                                  of one of its parts), seqio on Python 3.14.
 #   LATENT_DELIB_EXTRAS=tpu        more of them, through any script that calls this: tpu, cuda, eval, hub, tfds, mixture,
 #                                  reference, wandb, or several with commas between
-#   PYTHON=/opt/py312/bin/python   a Python 3.11 to 3.14 to try before those on PATH
+#   PYTHON=/opt/py312/bin/python   a Python 3.11 to 3.14 to take instead of one on PATH
 set -euo pipefail
 [[ ${1:-} != --help && ${1:-} != -h ]] || exec "$(dirname "$(readlink -f "$0")")/common.sh" "$(readlink -f "$0")"
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
@@ -43,15 +43,18 @@ builds = compiler and os.path.exists(os.path.join(sysconfig.get_path("include"),
 lacks = ([] if builds else ["tasks"]) + (["seqio"] if sys.version_info[:2] == (3, 14) else [])
 print(version, ",".join(lacks) or "-", sys._base_executable)  # the path last: it may have blanks
 '
+candidates=(.venv/bin/python python3.12 python3.11 python3.13 python3.14 python3)
+[[ -z ${PYTHON:-} ]] || candidates=("$PYTHON") # another in its place would go unnoticed
 found=
-for candidate in ${PYTHON:+"$PYTHON"} .venv/bin/python python3.12 python3.11 python3.13 python3.14 python3; do
+for candidate in "${candidates[@]}"; do
   command -v "$candidate" >/dev/null || continue
   answer=$("$candidate" -c "$probe" 2>/dev/null) && break
   found+="${found:+, }$candidate is ${answer:-broken}"
   answer=
 done
 if [[ -z ${answer:-} ]]; then
-  echo "error: Python 3.11 to 3.14 with ensurepip is needed, found: ${found:-none}; PYTHON=... names another" >&2
+  where=${PYTHON:+"PYTHON=$PYTHON: "}
+  echo "error: ${where}Python 3.11 to 3.14 with ensurepip is needed, found: ${found:-none}; PYTHON=... names another" >&2
   exit 1
 fi
 read -r version lacks executable <<<"$answer"

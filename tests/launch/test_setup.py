@@ -82,7 +82,7 @@ def sandbox(tmp_path: Path) -> Sandbox:
 def test_unsuitable_interpreters_are_named_in_one_line(sandbox: Sandbox) -> None:
     sandbox.python("python3.11", (3, 11, 2), 'sys.modules["ensurepip"] = None')
     (sandbox.bin / "python3.12").write_text("#!/bin/sh\necho no such version >&2\nexit 127\n")
-    code, out, err = sandbox.setup(PYTHON="python3")
+    code, out, err = sandbox.setup()
     assert code == 1
     assert out == ""
     assert len(err.splitlines()) == 1
@@ -105,6 +105,18 @@ def test_an_extra_that_is_none(sandbox: Sandbox, extras: list[str], more: str) -
     assert (code, out) == (1, "")
     (line,) = err.splitlines()
     assert line.startswith(f"error: {extras[-1] if extras else 'gpu'}: ") and " cuda " in line
+    assert not (sandbox.root / ".venv").exists()
+
+
+@pytest.mark.parametrize("named, found", [("python3", "python3 is 3.15.0"), ("missing", "none")])
+def test_no_other_interpreter_replaces_a_named_one(
+    sandbox: Sandbox, named: str, found: str
+) -> None:
+    sandbox.python("python3.12", (3, 12, 1))
+    code, out, err = sandbox.setup(PYTHON=named)
+    assert (code, out) == (1, "")
+    assert err.startswith(f"error: PYTHON={named}: Python 3.11 to 3.14 ")
+    assert f"found: {found};" in err
     assert not (sandbox.root / ".venv").exists()
 
 
