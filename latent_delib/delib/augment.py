@@ -69,6 +69,13 @@ class Augmentation:
         return METHODS[self.method].write is not None
 
     @property
+    def cache_is_enough(self) -> bool:
+        """Tells whether training needs no outputs of the text, and no gradient of its cache."""
+        method = METHODS[self.method]
+        needs_more = self.distill or method.reads_outputs or method.trains_decoder
+        return self.writes_latents and not needs_more
+
+    @property
     def without_latents(self) -> "Augmentation":
         """Returns a copy without latents: x_p is read again, and ahead tokens follow it.
 
@@ -174,29 +181,35 @@ def read_text(
     params: Params,
     tokens_BT: jax.Array,
     segment_BT: jax.Array,
+    outputs: bool = True,
 ) -> Reading:
-    """Passes packed text through the plain decoder, and through an assistant if any."""
+    """Passes packed text through the plain decoder, and through an assistant if any.
+
+    outputs: whether the decoder's outputs are needed too, not only the caches.
+    """
     start_BT = traces_lib.document_start(segment_BT)
     position_BT = jnp.arange(tokens_BT.shape[1]) - start_BT
     bounds = transformer.own_text(start_BT)
 
-    outputs = {}
-    caches = {}
-    for reader, model in aug.readers.items():
-        weights = params[reader]
+    def read(reader: str, outputs: bool) -> tuple[jax.Array | None, Cache]:
+        model, weights = aug.readers[reader], params[reader]
         x_BTD = transformer.embed(weights["embedding"], tokens_BT, model.config)
-        variables = {"params": weights}
-        x_BMTD, kv = model.apply(variables, x_BTD[:, None], position_BT[:, None], bounds)
-        outputs[reader] = x_BMTD[:, 0]
-        caches[reader] = cache_lib.of_text(kv, position_BT)
-    return Reading(outputs["decoder"], caches["decoder"], caches.get("assistant"))
+        inputs = x_BTD[:, None], position_BT[:, None], bounds
+        x_BMTD, kv = model.apply({"params": weights}, *inputs, outputs=outputs)
+        return None if x_BMTD is None else x_BMTD[:, 0], cache_lib.of_text(kv, position_BT)
+
+    x_BTD, cache = read("decoder", outputs)
+    assistant = None
+    if "assistant" in aug.readers:
+        _, assistant = read("assistant", outputs=False)
+    return Reading(x_BTD, cache, assistant)
 
 
 def write_latents(aug: Augmentation, params: Params, reading: Reading, traces: Traces) -> Latents:
     """Writes the latents of every trace by the method."""
     if not aug.num_latents:
-        D = reading.outputs.shape[-1]
-        return jnp.zeros((*traces.latent_position.shape, D), reading.outputs.dtype)
+        D = aug.transformer.config.embed_dim
+        return jnp.zeros((*traces.latent_position.shape, D), reading.cache.k.dtype)
     write = METHODS[aug.method].write
     assert write is not None, aug.method
     return write(params, aug.models, reading, traces)
@@ -309,7 +322,7 @@ def loss(
       prompt_end: tokens that end a prompt, for the loss without latents; empty: all text counts.
       steps_end: see `traces.first_ahead`.
     """
-    reading = read_text(aug, params, tokens_BT, segment_BT)
+    reading = read_text(aug, params, tokens_BT, segment_BT, not aug.cache_is_enough)
     if aug.writes_latents:
         traces = aug.lay_out(tokens_BT, segment_BT, at_BM, num_ahead, delay_BM, steps_end)
         z = write_latents(aug, params, reading, traces)

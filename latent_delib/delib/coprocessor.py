@@ -47,13 +47,13 @@ class Models(NamedTuple):
 class Reading(NamedTuple):
     """Holds what the decoder computed from a text: all that a method may know of the text.
 
-    outputs: final-normed outputs [B, T, D].
+    outputs: final-normed outputs [B, T, D]; None where only the caches were asked for.
     cache: the decoder's cache.
     assistant: the cache of the assistant (another decoder) of the same text, where the method has
       an assistant.
     """
 
-    outputs: jax.Array
+    outputs: jax.Array | None
     cache: Cache
     assistant: Cache | None = None
 

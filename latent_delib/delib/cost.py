@@ -2,7 +2,8 @@
 
 Useful means the operations that the method needs if nothing is computed twice:
 
-  - the text once forward, and backward too where the decoder is trained;
+  - the text once forward, and backward too where the decoder is trained; all of the last layer is
+    counted, although where the cache is enough only its keys and values are computed;
   - the coprocessor forward and backward, to activations and weights;
   - the decoder's traces forward and backward, to activations only where the decoder is frozen;
   - the logits likewise, and once forward for a teacher;

@@ -32,6 +32,7 @@ class Method(NamedTuple):
     trains_decoder: the decoder itself is trained.
     reads_text: the latents depend on the text. Only such latents can be late, or be swapped for
       latents of another text; and only if they are not keys.
+    reads_outputs: the latents depend on the decoder's outputs, not only on its cache.
     has_matrices: matrices are trained. Only then can low-rank adapters replace them.
     starts_random: the coprocessor begins with random matrices, on which no adapter can build.
     own_size: the coprocessor may have another architecture than the decoder.
@@ -51,6 +52,7 @@ class Method(NamedTuple):
     axes: Mapping[str, Axes] = {}
     trains_decoder: bool = False
     reads_text: bool = True
+    reads_outputs: bool = False
     has_matrices: bool = True
     starts_random: bool = False
     own_size: bool = False
@@ -109,6 +111,7 @@ METHODS = {
         coprocessor.start_from_decoder,
         coprocessor.write_from_last_layer,
         cost=flops.pass_over_text_too,
+        reads_outputs=True,
     ),
     # Goyal et al. 2023: trained vectors, whatever the text; one vector L times, or L vectors.
     "pause_tokens": Method(

@@ -76,11 +76,13 @@ def received(exp: Experiment) -> float:
     if not (exp.aug.writes_latents and method.has_matrices):
         coprocessor_uses = 0
     uses = decoder_uses * _matrices(architecture)
+    if exp.aug.cache_is_enough:
+        uses -= _beyond_cache(architecture)
     uses += coprocessor_uses * _matrices(exp.aug.models.coprocessor.config)
     tables = (1 + architecture.untied_head) * architecture.vocab_size * architecture.embed_dim
     if method.has_assistant:
         assistant = exp.aug.models.coprocessor.config
-        uses += _matrices(assistant)
+        uses += _matrices(assistant) - _beyond_cache(assistant)
         tables += assistant.vocab_size * assistant.embed_dim
     parts = exp.config.train.accumulation
     gathered = (split - 1) / split * (uses * parts + tables)
@@ -98,6 +100,15 @@ def trained(exp: Experiment) -> int:
 def _matrices(c: TransformerConfig) -> int:
     """Returns the number of weights in the matrices of all layers: two FLOPs each per token."""
     return flops.per_token(c) // 2
+
+
+def _beyond_cache(c: TransformerConfig) -> int:
+    """Returns the number of weights in matrices that a pass for the cache alone does not use.
+
+    They are those of the last layer, except the matrices of keys and values.
+    """
+    keys_and_values = 2 * c.embed_dim * c.num_kv_heads * c.head_dim
+    return _matrices(c) // c.num_layers - keys_and_values
 
 
 def activations(exp: Experiment) -> float:

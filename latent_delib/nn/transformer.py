@@ -3,6 +3,7 @@
 Its layers run under scan.
 """
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -56,7 +57,8 @@ class Transformer(nn.Module):
         bounds: Bounds,
         cache: Cache | None = None,
         given: KV | None = None,
-    ) -> tuple[jax.Array, KV]:
+        outputs: bool = True,
+    ) -> tuple[jax.Array | None, KV]:
         """Runs one forward pass.
 
         Args:
@@ -67,9 +69,11 @@ class Transformer(nn.Module):
           cache: the shared prefix, or None.
           given: keys and values [layers, B, M, U - S, K, H] of the first tokens of each group,
             which are then not computed again; None where U = S.
+          outputs: False to compute keys and values alone: the last layer then computes nothing
+            else. It needs `cache` and `given` to be None, and is slow to differentiate.
 
         Returns:
-          Final-normed outputs [B, M, S, D], and the keys and values of all U tokens. With
+          Final-normed outputs [B, M, S, D] or None, and the keys and values of all U tokens. With
           mutable="intermediates", `apply` also returns every layer's attention weights.
         """
         c = self.config
@@ -86,6 +90,10 @@ class Transformer(nn.Module):
         else:
             ropes = rotary.tables(c, position_BMS)
         ranges = jax.tree.map(lambda *kinds: jnp.stack(kinds), *ranges)
+        x_BMSD = self.partition.constrain(x_BMSD, TRACES)
+        if not outputs:
+            assert cache is None and given is None
+            return None, self._keys_and_values(x_BMSD, ropes, ranges)
 
         block = Block
         if self.remat != "none":
@@ -100,9 +108,24 @@ class Transformer(nn.Module):
         dtype = x_BMSD.dtype
         prefix = None if cache is None else (cache.k.astype(dtype), cache.v.astype(dtype))
         given = None if given is None else tuple(x.astype(dtype) for x in given)
-        x_BMSD = self.partition.constrain(x_BMSD, TRACES)
         x_BMSD, kv = layers(x_BMSD, jnp.array(c.is_local, jnp.int32), prefix, given, ropes, ranges)
         return normed(c, "final_norm", x_BMSD), KV(*kv)
+
+    def _keys_and_values(self, x_BMSD: jax.Array, ropes: Any, ranges: Bounds) -> KV:
+        """Computes the layers as far as their keys and values need it."""
+        c = self.config
+        block = Block(c, self.form, self.partition, parent=None)
+        stacks = self.variables["params"]["layers"], jnp.array(c.is_local, jnp.int32)
+
+        def layer(x_BMSD: jax.Array, index: jax.Array | int) -> tuple[jax.Array, tuple]:
+            at = partial(jax.lax.dynamic_index_in_dim, index=index, keepdims=False)
+            weights, is_local = jax.tree.map(at, stacks)
+            return block.apply({"params": weights}, x_BMSD, is_local, None, None, ropes, ranges)
+
+        x_BMSD, (k, v) = jax.lax.scan(layer, x_BMSD, jnp.arange(c.num_layers - 1))
+        # XLA drops the attention and the MLP of the last layer, whose output is not used.
+        _, (last_k, last_v) = layer(x_BMSD, c.num_layers - 1)
+        return KV(jnp.concatenate([k, last_k[None]]), jnp.concatenate([v, last_v[None]]))
 
     def _positions(self, position_BMS: jax.Array, dtype: Any) -> jax.Array:
         """Returns the learned vectors of positions, [B, M, S, D]."""

@@ -19,6 +19,7 @@ from two_rows import AT, SEGMENT, START, TOKENS, WEIGHTS, A, L, M, T, document_o
 from latent_delib.delib import augment
 from latent_delib.delib import traces as traces_lib
 from latent_delib.delib.augment import Augmentation
+from latent_delib.delib.methods import METHODS
 from latent_delib.delib.step import Objective, TrainState, train_step
 from latent_delib.delib.traces import PLACEMENTS
 from latent_delib.nn import transformer
@@ -40,6 +41,17 @@ def loss_and_nll(aug, params, tokens_BT, segment_BT, at_BM, delay_BM):
         aug, params, augment.write_latents(aug, params, text, traces), text.cache, traces
     )
     return total, (augment.nll(aug, params, out, traces.targets), traces.weights)
+
+
+def test_what_needs_more_of_the_text_than_its_cache():
+    """The outputs, or a fast gradient of the cache."""
+
+    def needs_more(**options):
+        return not Augmentation(Transformer(small.GEMMA), **options).cache_is_enough
+
+    found = {method for method in METHODS if needs_more(method=method)}
+    assert found == {"decoder", "last_layer", "joint", "unified", "feedback"}
+    assert needs_more(distill=0.5)
 
 
 NO_DELAY = np.zeros(AT.shape, int)
