@@ -155,16 +155,15 @@ def _called(
     ahead: int,
 ) -> list[jax.Array]:
     """Returns attention weights of the coprocessor's call, if any, and of the decoder's."""
-    seen: list[jax.Array] = []
-    decoder, coprocessor = (Watched(model, seen) for model in aug.models)
-    aug = dataclasses.replace(aug, transformer=decoder, coprocessor=coprocessor)
     segment_BT = jnp.ones_like(text_BT)
     text = augment.read_text(aug, params, text_BT, segment_BT)
+    seen: list[jax.Array] = []  # in the calls after this one
+    decoder, coprocessor = (Watched(model, seen) for model in aug.models)
+    aug = dataclasses.replace(aug, transformer=decoder, coprocessor=coprocessor)
     traces = aug.lay_out(text_BT, segment_BT, at_BM, ahead)
     z = augment.write_latents(aug, params, text, traces)
     augment.decode(aug, params, z, text.cache, traces)
-    others = seen[1:]  # all calls but the one that reads the text
-    return others[-2:]  # the last one that writes latents, if any, and the one that decodes
+    return seen[-2:]  # of the last call that writes latents, if any, and of the one that decodes
 
 
 def nearest(lm: AugmentedLM, z_LD: jax.Array, count: int = 5) -> list[list[Near]]:
