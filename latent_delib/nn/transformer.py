@@ -14,7 +14,7 @@ from latent_delib.nn import rotary
 from latent_delib.nn.attention.forms import SAVED
 from latent_delib.nn.attention.primitive import Bounds, within_window
 from latent_delib.nn.cache import KV, Cache
-from latent_delib.nn.layers import PARAM_AXES, TRACES, WHOLE, Block, Partition, normed
+from latent_delib.nn.layers import HEADS, PARAM_AXES, TRACES, WHOLE, Block, Partition, normed
 from latent_delib.nn.products import einsum, softcapped
 from latent_delib.nn.sizes import TransformerConfig
 
@@ -117,15 +117,22 @@ class Transformer(nn.Module):
         block = Block(c, self.form, self.partition, parent=None)
         stacks = self.variables["params"]["layers"], jnp.array(c.is_local, jnp.int32)
 
-        def layer(x_BMSD: jax.Array, index: jax.Array | int) -> tuple[jax.Array, tuple]:
+        def layer(index: jax.Array | int, carry: tuple) -> tuple:
+            x_BMSD, kv = carry
             at = partial(jax.lax.dynamic_index_in_dim, index=index, keepdims=False)
             weights, is_local = jax.tree.map(at, stacks)
-            return block.apply({"params": weights}, x_BMSD, is_local, None, None, ropes, ranges)
+            variables = {"params": weights}
+            x_BMSD, found = block.apply(variables, x_BMSD, is_local, None, None, ropes, ranges)
+            put = partial(jax.lax.dynamic_update_index_in_dim, index=index, axis=0)
+            return x_BMSD, jax.tree.map(put, kv, found)
 
-        x_BMSD, (k, v) = jax.lax.scan(layer, x_BMSD, jnp.arange(c.num_layers - 1))
+        shape = c.num_layers, *x_BMSD.shape[:3], c.num_kv_heads, c.head_dim
+        empty = self.partition.constrain(jnp.zeros(shape, x_BMSD.dtype), (None, *HEADS))
+        last = c.num_layers - 1
+        carry = jax.lax.fori_loop(0, last, layer, (x_BMSD, (empty, empty)))
         # XLA drops the attention and the MLP of the last layer, whose output is not used.
-        _, (last_k, last_v) = layer(x_BMSD, c.num_layers - 1)
-        return KV(jnp.concatenate([k, last_k[None]]), jnp.concatenate([v, last_v[None]]))
+        _, kv = layer(last, carry)
+        return KV(*kv)
 
     def _positions(self, position_BMS: jax.Array, dtype: Any) -> jax.Array:
         """Returns the learned vectors of positions, [B, M, S, D]."""
