@@ -2,8 +2,8 @@
 
 Useful means the operations that the method needs if nothing is computed twice:
 
-  - the text once forward, and backward too where the decoder is trained; all of the last layer is
-    counted, although where the cache is enough only its keys and values are computed;
+  - the text once forward, and backward too where the decoder is trained; of the last layer only
+    keys and values where the cache is enough (`Augmentation.cache_is_enough`);
   - the coprocessor forward and backward, to activations and weights;
   - the decoder's traces forward and backward, to activations only where the decoder is frozen;
   - the logits likewise, and once forward for a teacher;
@@ -44,7 +44,7 @@ def step_flops(
     c = aug.transformer.config
     remat = aug.transformer.remat
     vocabulary = 2 * c.vocab_size * c.embed_dim
-    text = flops.text(c, batch * seq_len, seq_len)
+    text = flops.text(c, batch * seq_len, seq_len, not aug.cache_is_enough)
     text_recomputed = 0.0
     if method.trains_decoder:
         text_recomputed = flops.recomputed(c, remat, batch * seq_len, seq_len)

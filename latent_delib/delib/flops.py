@@ -15,8 +15,22 @@ def per_token(c: TransformerConfig) -> int:
     return 2 * c.num_layers * (attention + matrices * c.embed_dim * c.ffn_dim)
 
 
-def attention(c: TransformerConfig, length: int, visible: int = 0) -> float:
-    """Returns the forward FLOPs of one query's attention in all layers.
+def per_token_beyond_cache(c: TransformerConfig) -> int:
+    """Returns the part of `per_token` that the keys and values of the layers do not need.
+
+    It is that of the last layer, except the products that make its keys and values.
+    """
+    keys_and_values = 4 * c.embed_dim * c.num_kv_heads * c.head_dim
+    return per_token(c) // c.num_layers - keys_and_values
+
+
+def attention(
+    c: TransformerConfig,
+    length: int,
+    visible: int = 0,
+    layers: slice = slice(None),
+) -> float:
+    """Returns the forward FLOPs of one query's attention in all layers, or in `layers`.
 
     The figure is the mean over all places of the query among `length` tokens, of which it sees the
     last `visible`; 0: all before it.
@@ -26,12 +40,18 @@ def attention(c: TransformerConfig, length: int, visible: int = 0) -> float:
         window = min(c.window if is_local else length, visible or length, length)
         return window - window**2 / (2 * length)
 
-    return 4 * c.num_heads * c.head_dim * sum(map(keys_seen, c.is_local))
+    return 4 * c.num_heads * c.head_dim * sum(map(keys_seen, c.is_local[layers]))
 
 
-def text(c: TransformerConfig, tokens: int, seq_len: int) -> float:
-    """Returns the forward FLOPs of reading `tokens` tokens, in rows of `seq_len`, once."""
-    return tokens * (per_token(c) + attention(c, seq_len))
+def text(c: TransformerConfig, tokens: int, seq_len: int, outputs: bool = True) -> float:
+    """Returns the forward FLOPs of reading `tokens` tokens, in rows of `seq_len`, once.
+
+    outputs: False if keys and values alone are computed.
+    """
+    each = per_token(c) + attention(c, seq_len)
+    if not outputs:
+        each -= per_token_beyond_cache(c) + attention(c, seq_len, layers=slice(-1, None))
+    return tokens * each
 
 
 def traces(
@@ -145,7 +165,8 @@ def pass_over_text_too(w: Writing) -> Flops:
 def pass_of_assistant_too(w: Writing) -> Flops:
     """Counts an assistant that reads the text once, and one pass of a coprocessor of its size."""
     latents = one_pass(w)
-    return latents._replace(useful=latents.useful + text(w.config, w.text_tokens, w.seq_len))
+    reading = text(w.config, w.text_tokens, w.seq_len, outputs=False)
+    return latents._replace(useful=latents.useful + reading)
 
 
 def pass_per_latent(w: Writing) -> Flops:

@@ -49,8 +49,9 @@ def step_flops(exp: Experiment) -> dict[str, float]:
     rows = c.train.batch_size
     length = c.data.seq_len
     useful, again = cost.step_flops(exp.aug, rows, length, c.method.num_traces, c.method.num_ahead)
-    for reader in exp.aug.readers.values():
-        text = flops.text(reader.config, rows * length, length)
+    for name, reader in exp.aug.readers.items():
+        outputs = name == "decoder" and not exp.aug.cache_is_enough
+        text = flops.text(reader.config, rows * length, length, outputs)
         again += (mesh_lib.shards(exp.mesh, "traces") - 1) * text
     return {"useful": useful / exp.mesh.size, "done again": again / exp.mesh.size}
 
@@ -77,12 +78,12 @@ def received(exp: Experiment) -> float:
         coprocessor_uses = 0
     uses = decoder_uses * _matrices(architecture)
     if exp.aug.cache_is_enough:
-        uses -= _beyond_cache(architecture)
+        uses -= flops.per_token_beyond_cache(architecture) // 2
     uses += coprocessor_uses * _matrices(exp.aug.models.coprocessor.config)
     tables = (1 + architecture.untied_head) * architecture.vocab_size * architecture.embed_dim
     if method.has_assistant:
         assistant = exp.aug.models.coprocessor.config
-        uses += _matrices(assistant) - _beyond_cache(assistant)
+        uses += _matrices(assistant) - flops.per_token_beyond_cache(assistant) // 2
         tables += assistant.vocab_size * assistant.embed_dim
     parts = exp.config.train.accumulation
     gathered = (split - 1) / split * (uses * parts + tables)
@@ -100,15 +101,6 @@ def trained(exp: Experiment) -> int:
 def _matrices(c: TransformerConfig) -> int:
     """Returns the number of weights in the matrices of all layers: two FLOPs each per token."""
     return flops.per_token(c) // 2
-
-
-def _beyond_cache(c: TransformerConfig) -> int:
-    """Returns the number of weights in matrices that a pass for the cache alone does not use.
-
-    They are those of the last layer, except the matrices of keys and values.
-    """
-    keys_and_values = 2 * c.embed_dim * c.num_kv_heads * c.head_dim
-    return _matrices(c) // c.num_layers - keys_and_values
 
 
 def activations(exp: Experiment) -> float:
