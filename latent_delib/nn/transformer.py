@@ -15,7 +15,7 @@ from latent_delib.nn.attention.forms import SAVED
 from latent_delib.nn.attention.primitive import Bounds, within_window
 from latent_delib.nn.cache import KV, Cache
 from latent_delib.nn.layers import HEADS, PARAM_AXES, TRACES, WHOLE, Block, Partition, normed
-from latent_delib.nn.products import einsum, softcapped
+from latent_delib.nn.products import softcapped, table_product
 from latent_delib.nn.sizes import TransformerConfig
 
 Params = dict[str, Any]
@@ -201,7 +201,7 @@ def unembed(table_VD: jax.Array, x: jax.Array, config: TransformerConfig) -> jax
 
     table_VD: the decoder's `output_table`.
     """
-    logits = einsum("...D,VD->...V", x, table_VD.astype(x.dtype), jnp.float32)
+    logits = table_product(x, table_VD.astype(x.dtype))
     return softcapped(logits, config.final_softcap)[0]
 
 

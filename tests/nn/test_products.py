@@ -14,7 +14,7 @@ from latent_delib.delib import augment, lora
 from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.methods import METHODS
 from latent_delib.nn import layers, transformer
-from latent_delib.nn.products import einsum, matmul
+from latent_delib.nn.products import FEW_FOR_TABLE, FEW_FOR_WEIGHT, einsum, matmul, table_product
 from latent_delib.nn.transformer import Transformer
 
 CONFIG, KEY, L, A = small.GEMMA, jax.random.key(0), 2, 3
@@ -78,21 +78,42 @@ def test_an_operand_of_less_is_not_the_precision_of_the_other():
     assert einsum("ab,bc->ac", x, x.T, jnp.float32).dtype == jnp.float32
 
 
+def check_same(product, wanted, *operands):
+    """Compares two products and both gradients of each."""
+    y, back = jax.vjp(product, *operands)
+    wanted_y, wanted_back = jax.vjp(wanted, *operands)
+    np.testing.assert_allclose(y, wanted_y, rtol=1e-5, atol=1e-5)
+    change = jax.random.normal(KEY, y.shape)
+    for one, other in zip(back(change), wanted_back(change), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("contracted, shape", [(1, (4, 5)), (1, (4, 2, 5)), (2, (3, 4, 5))])
-def test_a_flat_product_is_the_same(contracted, shape):
-    """Forward and both gradients, against einsum."""
+@pytest.mark.parametrize("rows", [(2, 24), (2, 6)])
+def test_a_flat_product_is_the_same(rows, contracted, shape):
+    """Many rows, and few."""
+    assert (np.prod(rows) in FEW_FOR_WEIGHT) == (rows == (2, 6))
     x_key, w_key = jax.random.split(KEY)
-    x = jax.random.normal(x_key, (2, 6, 3, 4))
+    x = jax.random.normal(x_key, (*rows, *shape[:contracted]))
     w = jax.random.normal(w_key, shape)
-    inputs, outputs = "XYZ"[3 - contracted :], "OP"[: w.ndim - contracted]
-    rows = "BXYZ"[: 4 - contracted]
-    equation = f"BXYZ,{inputs}{outputs}->{rows}{outputs}"
-    found = [
-        jax.vjp(partial(matmul, contracted=contracted, flat=flat), x, w) for flat in (False, True)
-    ]
-    wanted = jax.vjp(partial(einsum, equation), x, w)
-    change = jax.random.normal(KEY, wanted[0].shape)
-    for y, back in found:
-        np.testing.assert_allclose(y, wanted[0], rtol=1e-5, atol=1e-5)
-        for one, other in zip(back(change), wanted[1](change), strict=True):
-            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+    inputs, outputs = "XY"[:contracted], "OP"[: w.ndim - contracted]
+    wanted = partial(einsum, f"BM{inputs},{inputs}{outputs}->BM{outputs}")
+    for flat in (False, True):
+        check_same(partial(matmul, contracted=contracted, flat=flat), wanted, x, w)
+
+
+@pytest.mark.parametrize("rows", [(2, 24), (2, 6), (3,), (1,)])
+def test_a_product_with_a_table_is_the_same(rows):
+    assert (np.prod(rows) in FEW_FOR_TABLE) == (rows in [(2, 6), (3,)])
+    x_key, table_key = jax.random.split(KEY)
+    x = jax.random.normal(x_key, (*rows, 4))
+    table = jax.random.normal(table_key, (5, 4))
+    check_same(table_product, partial(einsum, "...D,VD->...V"), x, table)
+
+
+@pytest.mark.parametrize("platform, table_first", [("cpu", True), ("cuda", False), ("tpu", False)])
+def test_chips_compute_the_usual_product(platform, table_first):
+    traced = jax.jit(table_product).trace(jnp.zeros((8, 4)), jnp.zeros((5, 4)))
+    lowered = traced.lower(lowering_platforms=(platform,)).as_text()
+    [product] = re.findall(r"stablehlo\.dot_general .*", lowered)
+    assert ("(tensor<5x4xf32>, tensor<8x4xf32>)" in product) == table_first
