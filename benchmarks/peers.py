@@ -3,6 +3,7 @@
   ./launch/setup.sh reference gguf     # torch, transformers; torch.compile needs g++
   .venv/bin/python -m latent_delib.convert --source="$(./launch/get_smollm2.sh)" \
       --size=smollm2_135m --out=runs/smollm2_135m/decoder
+  .venv/bin/pip install llama-cpp-python==0.3.36     # for row 7: builds llama.cpp by cmake and g++
   .venv/bin/python -m benchmarks.peers [--rows=1,3] [--rounds=7] [--json=runs/peers.json]
 
 Prints one Markdown table, and writes it as JSON too; docs/results/peers.json is that of
@@ -14,6 +15,7 @@ docs/performance.md. Its rows:
   4  scoring texts with SmolLM2-135M
   5  greedy decoding with it, batch 1 and 8
   6  prepare, 16 MB of text, vocabulary 512
+  7  as 5, beside llama.cpp instead of transformers; left out where it is not installed
 
 Every side of a row is a process of its own. It gets ready, does its work twice, and waits. Then the
 sides take turns, one at a time, `--rounds` times: a turn repeats the work for at least `--least`
@@ -26,6 +28,7 @@ process may use.
 import argparse
 import contextlib
 import importlib.metadata
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -43,7 +46,7 @@ from unittest import mock
 import jax
 import numpy as np
 
-from benchmarks import common, peer_sides
+from benchmarks import common, peer_llama, peer_sides
 from benchmarks.peer_sides import Work
 
 SAME = 1e-3  # relative difference of figures that count as the same
@@ -155,14 +158,14 @@ def training(job: Callable, *peers: bool) -> dict[str, Callable]:
     return {"ours": partial(peer_sides.train_ours, job=job), **theirs}
 
 
-def decoding(batch: int) -> Row:
+def decoding(batch: int, peer: str, theirs: Callable) -> Row:
     return Row(
         f"greedy decoding with SmolLM2-135M, batch {batch}",
         "tokens/s",
         f"{peer_sides.NEW} new tokens per row, with the reading of {peer_sides.PROMPT} before them",
         {
             "ours": partial(peer_sides.decode_ours, batch=batch),
-            "transformers": partial(peer_sides.decode_theirs, batch=batch),
+            peer: partial(theirs, batch=batch),
         },
     )
 
@@ -201,7 +204,7 @@ ROWS: dict[str, tuple[Row, ...]] = {
             {"ours": peer_sides.score_ours, "transformers": peer_sides.score_theirs},
         ),
     ),
-    "5": (decoding(1), decoding(8)),
+    "5": tuple(decoding(batch, "transformers", peer_sides.decode_theirs) for batch in (1, 8)),
     "6": (
         Row(
             "`prepare`, 16 MB of text, vocabulary 512",
@@ -211,7 +214,9 @@ ROWS: dict[str, tuple[Row, ...]] = {
             {"ours": peer_sides.prepare_ours, "sentencepiece": peer_sides.prepare_theirs},
         ),
     ),
+    "7": tuple(decoding(batch, "llama.cpp", peer_llama.decode) for batch in (1, 8)),
 }
+OPTIONAL = {"7": "llama_cpp"}  # rows, and the library that each needs
 
 
 def number(x: float) -> str:
@@ -244,7 +249,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def versions() -> dict[str, str | None]:
     """Returns the versions of the peers' libraries; None where one is missing."""
-    found = dict.fromkeys(("torch", "transformers", "sentencepiece"))
+    found = dict.fromkeys(("torch", "transformers", "sentencepiece", "llama-cpp-python"))
     for name in found:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
@@ -254,7 +259,8 @@ def versions() -> dict[str, str | None]:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = common.command_line(__doc__)
-    parser.add_argument("--rows", default=",".join(ROWS), help="numbers with commas between")
+    rows = [row for row in ROWS if row not in OPTIONAL or importlib.util.find_spec(OPTIONAL[row])]
+    parser.add_argument("--rows", default=",".join(rows), help="numbers with commas between")
     parser.add_argument("--rounds", type=int, default=7, help="turns of every side")
     parser.add_argument(
         "--least", type=float, default=5.0, help="seconds that a turn lasts at least"
@@ -270,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     unknown = sorted(set(a.rows.split(",")) - set(ROWS))
     if unknown:
         parser.error(f"--rows={a.rows}: expected some of {', '.join(ROWS)}")
-    rows = [measure(row, a) for chosen in a.rows.split(",") for row in ROWS[chosen]]
+    measured = [measure(row, a) for chosen in a.rows.split(",") for row in ROWS[chosen]]
     jax.config.update("jax_platforms", "cpu")
     result = {
         "benchmark": "peers",
@@ -278,12 +284,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         **common.machine(),
         "versions": versions(),
         "settings": {"rounds": a.rounds, "least": a.least},
-        "rows": rows,
+        "rows": measured,
     }
     print(f"{result['processor']}, {result['cores']} cores, {result['date']}", end="")
     libraries = {"jax": result["jax"], **result["versions"]}
     print("".join(f", {name} {version}" for name, version in libraries.items()))
-    print(table(rows), flush=True)
+    print(table(measured), flush=True)
     a.json.parent.mkdir(parents=True, exist_ok=True)
     a.json.write_text(json.dumps(result, indent=2) + "\n")
     return result

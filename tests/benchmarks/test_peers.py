@@ -60,6 +60,17 @@ def test_sides_take_turns(tmp_path, monkeypatch, capsys):
     )
 
 
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_row_whose_peer_is_not_installed_is_left_out(tmp_path, monkeypatch, installed):
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: installed or None)
+    rows = {name: (row(ours=partial(side, figures=[1.0])),) for name in ("6", "7")}
+    monkeypatch.setattr(peers, "ROWS", rows)
+    monkeypatch.setattr(peers, "measure", lambda row, a: {"theirs": {}})
+    monkeypatch.setattr(peers, "table", lambda rows: "")
+    found = peers.main([f"--json={tmp_path}/table.json"])
+    assert len(found["rows"]) == 1 + installed
+
+
 def test_the_page_has_the_table_of_the_stored_result():
     found = json.loads((ROOT / "docs/results/peers.json").read_text())
     assert peers.table(found["rows"]) in (ROOT / "docs/performance.md").read_text()
