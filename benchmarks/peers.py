@@ -3,7 +3,7 @@
   ./launch/setup.sh reference gguf     # torch, transformers; torch.compile needs g++
   .venv/bin/python -m latent_delib.convert --source="$(./launch/get_smollm2.sh)" \
       --size=smollm2_135m --out=runs/smollm2_135m/decoder
-  .venv/bin/pip install llama-cpp-python==0.3.36     # for row 7: builds llama.cpp by cmake and g++
+  .venv/bin/python -m pip install llama-cpp-python==0.3.36     # for row 7: by cmake and g++
   .venv/bin/python -m benchmarks.peers [--rows=1,3] [--rounds=7] [--json=runs/peers.json]
 
 Prints one Markdown table, and writes it as JSON too; docs/results/peers.json is that of
