@@ -65,6 +65,28 @@ HOPS = QUESTIONS | {
     "train.keep_every": 1000,
     "train.validate_every": 1000,
 }
+PLUS_MINUS = {  # made by tools.make_questions; two CPU cores
+    "data.sources": ("qa:runs/questions/plus_minus.train.jsonl",),
+    "data.validation": ("qa:runs/questions/plus_minus.test.jsonl",),
+    "data.seq_len": 256,
+    "decoder.path": "runs/smollm2_135m/decoder",
+    "method.prompt_end": "Answer:",
+    "method.num_latents": 4,
+    "method.num_traces": 12,  # the most questions in a row, or nearly
+    "method.num_ahead": 4,  # the whole answer, and its line break
+    "optimizer.learning_rate": 3e-4,
+    "optimizer.warmup_steps": 20,
+    "train.steps": 600,
+    "train.batch_size": 2,
+    "train.checkpoint_every": 300,
+    "train.keep_every": 300,
+    "train.validate_every": 150,
+    "compute.dtype": "float32",
+    "compute.remat": "none",
+    "evaluate.num_ahead": 4,
+    "evaluate.max_length": 256,
+    "evaluate.batch_size": 32,
+}
 HOPS_WRITTEN = {  # the same questions with their steps
     "data.sources": ("qa_steps:runs/questions/hops.train.jsonl",),
     "data.validation": ("qa_steps:runs/questions/hops.test.jsonl",),
@@ -235,6 +257,8 @@ PROTOCOLS = {
     # Latents instead of steps: the packaged decoder learns to answer in written steps. Then each
     # experiment learns to answer at once. The decoder that has read the steps teaches `distilled`.
     "hops": Protocol("gemma2_160k", LAB | HOPS, PRETRAIN_LAB | PRETRAIN_HOPS),
+    # A real decoder: SmolLM2-135M as it was published. Nothing but the coprocessor is trained.
+    "plus_minus": Protocol("smollm2_135m", PLUS_MINUS),
     # SmolLM2-135M on the mixture, which is not what it was pretrained on; one GPU.
     "b": Protocol("smollm2_135m", GPU | MIXTURE | {"decoder.path": "runs/smollm2_135m/decoder"}),
 }

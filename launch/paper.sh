@@ -8,6 +8,7 @@
 #   ./launch/paper.sh lab_58k/overlay lab_23k/overlay    the same proportions for smaller decoders, which are made first
 #   ./launch/paper.sh questions                     four rows on Countdown, in thirteen minutes on two idle CPU cores
 #   ./launch/paper.sh hops                          latents instead of written steps, four rows
+#   ./launch/paper.sh plus_minus                 a real decoder, SmolLM2-135M, two rows, on two CPU cores
 #   LATENT_DELIB_EXTRAS=cuda ./launch/gpu.sh ./launch/paper.sh b/overlay b/after      on a GPU: protocols lab_gpu and b
 #
 # configs/paper.py says what a protocol is. The workdir of a run is runs/paper/PROTOCOL/NAME@SEED. Below it are
@@ -16,7 +17,7 @@
 #   evaluations/        every checkpoint: overlay, after and before with any number of latents, adapt_*
 #   longer/             the plain decoder reads as much more text as latents cost: overlay, after
 #   delay1/ to delay3/  latents come late: overlay, after, delay
-# Protocols problems, depth, questions and hops have swap/, and instead of the others
+# Protocols problems, depth, questions, hops and plus_minus have swap/, and instead of the others
 #   benchmarks.json     problems solved, with latents and without
 #   text/               perplexity on text of a decoder that was trained on problems: decoder, decoder_lora
 # More arguments make another experiment: its workdir is runs/trials/PROTOCOL/NAME@SEED,ARGUMENTS, and the report leaves
@@ -31,7 +32,7 @@ done
 names=$(sed -nE '/^EXPERIMENTS/,/^}/s/^    "(\w+)":.*/\1/p' configs/paper.py)
 names=${names//$'\n'/ }
 
-protocols='lab lab_58k lab_23k lab_gpu problems depth questions hops b'
+protocols='lab lab_58k lab_23k lab_gpu problems depth questions hops plus_minus b'
 wanted=()
 all() { # PROTOCOL
   if [[ $1 == questions ]]; then # a first look
@@ -40,6 +41,10 @@ all() { # PROTOCOL
   fi
   if [[ $1 == hops ]]; then
     wanted+=(hops/double hops/overlay hops/static_tokens hops/decoder_fast)
+    return
+  fi
+  if [[ $1 == plus_minus ]]; then
+    wanted+=(plus_minus/overlay plus_minus/static_tokens)
     return
   fi
   wanted+=("$1/overlay" "$1/after" "$1/decoder") # what the others are compared with, or start from
@@ -86,13 +91,13 @@ run() { echo "== $*" && .venv/bin/python -m "$@"; }
 
 prepare() { # PROTOCOL EXPERIMENT: the decoder and the tokens, which the laboratories share
   local gguf tokens=runs/paper/${1%%_[0-9]*}/tokens
-  if [[ ! $1 =~ ^(depth|questions|hops)$ && ! -e runs/mixture/MIXTURE.md ]]; then
+  if [[ ! $1 =~ ^(depth|questions|hops|plus_minus)$ && ! -e runs/mixture/MIXTURE.md ]]; then
     run tools.make_mixture --out=runs/mixture
   fi
   if [[ $1 == lab_gpu && ! -e runs/paper/$1/tokenizer.model ]]; then
     run tools.make_vocabulary --text='runs/mixture/train/*.txt' --size=4096 --out="runs/paper/$1/tokenizer.model"
   fi
-  if [[ $1 == b && ! -e runs/smollm2_135m/decoder ]]; then
+  if [[ $1 =~ ^(plus_minus|b)$ && ! -e runs/smollm2_135m/decoder ]]; then
     gguf=$(./launch/get_smollm2.sh) # on a line of its own, or a failed download would go unnoticed
     run latent_delib.convert --source="$gguf" --out=runs/smollm2_135m/decoder --size=smollm2_135m
   fi
@@ -105,7 +110,7 @@ prepare() { # PROTOCOL EXPERIMENT: the decoder and the tokens, which the laborat
   if [[ $1/$2 == lab/assistant ]]; then
     prepare lab_58k overlay # its decoder
   fi
-  if [[ $1 =~ ^(questions|hops)$ && ! -e runs/questions/hops.train.jsonl ]]; then
+  if [[ $1 =~ ^(questions|hops|plus_minus)$ && ! -e runs/questions/hops.train.jsonl ]]; then
     [[ ! -e runs/questions ]] || die "runs/questions has no hops.train.jsonl; remove the folder, and it is made anew"
     run tools.make_questions --out=runs/questions
   fi
@@ -152,12 +157,10 @@ control() {
 
 solve() { # the problems; and, where the decoder itself was trained on them, the text that it read before
   local models=decoder,augmented problems=runs/problems benchmarks=sums,sorting,look_ups,brackets
-  if [[ $protocol == questions ]]; then
-    benchmarks=qa:runs/questions/countdown.test.jsonl
-  fi
-  if [[ $protocol == hops ]]; then
-    benchmarks=qa:runs/questions/hops.test.jsonl
-  fi
+  case $protocol in
+    questions) benchmarks=qa:runs/questions/countdown.test.jsonl ;;
+    hops | plus_minus) benchmarks=qa:runs/questions/$protocol.test.jsonl ;;
+  esac
   if [[ $protocol == depth ]]; then
     problems=runs/follow benchmarks=follow_1,follow_2,follow_3,follow_4,follow_5,follow_6
   fi
@@ -204,7 +207,7 @@ for each in "${wanted[@]}"; do
   if [[ ! $name =~ ^((static|pause|latent)_tokens|.*_static|cartridge|inserted|decoder.*|adapt_decoder)$ ]]; then
     evaluate "$workdir/swap" --config.evaluate.swap
   fi
-  if [[ $protocol =~ ^(problems|depth|questions|hops)$ ]]; then
+  if [[ $protocol =~ ^(problems|depth|questions|hops|plus_minus)$ ]]; then
     solve
   else
     control

@@ -12,6 +12,8 @@
                  task of Stream of Search (2404.03683), with three numbers and one right answer
   hops           "Follow 5 7 1 2 5 2 5 8 from 3 4 6, 2 hops.": place 3 holds 1, place 1 holds 5, and
                  so on for 4 and 6; the steps "1: 1 2 2" and "2: 5 7 7", the answer "5 7 7"
+  plus_minus     "What is 4 + 7 - 3?", the steps "<<4+7=11>>" and "<<11-3=8>>", the answer "8"; three
+                 to five numbers of one digit
 
 Writes KIND.train.jsonl and KIND.test.jsonl, lines of {"question", "steps", "answer"}, for the
 sources qa:FILE and qa_steps:FILE and for `benchmark --benchmarks=qa:FILE`. Each step is a line of
@@ -207,7 +209,25 @@ def hops(draw: random.Random) -> Question:
     return Question(question, " ".join(at), "\n".join(steps))
 
 
-KINDS = {make.__name__: make for make in (arithmetic, word_problems, chains, countdown, hops)}
+def plus_minus(draw: random.Random) -> Question:
+    """Adds and takes away two to four numbers of one digit, never to less than 0."""
+    count = draw.randint(1, 9)
+    text = str(count)
+    steps = []
+    for _ in range(draw.randint(2, 4)):
+        by = draw.randint(1, 9)
+        sign = draw.choice("+-") if by <= count else "+"
+        after = count + by if sign == "+" else count - by
+        text += f" {sign} {by}"
+        steps.append(f"<<{count}{sign}{by}={after}>>")
+        count = after
+    return Question(f"What is {text}?", str(count), "\n".join(steps))
+
+
+KINDS = {
+    make.__name__: make
+    for make in (arithmetic, word_problems, chains, countdown, hops, plus_minus)
+}
 
 
 def make_questions(out: str, train: int, test: int) -> None:
