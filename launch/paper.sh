@@ -65,7 +65,7 @@ while (($#)) && [[ $1 != -- ]]; do
   [[ $1 != *@* || $1 =~ @[0-9]+$ ]] || die "$1: expected a number after @"
   case ${1%@*} in
     */pretrain) die "$1: decoders are made automatically, before the experiments that need them" ;;
-    lab_gpu/assistant | b/assistant) die "$1: needs a second decoder of the same vocabulary, and $protocol has none" ;;
+    lab_gpu/assistant | plus_minus/assistant | b/assistant) die "$1: needs a second decoder of the same vocabulary, and $protocol has none" ;;
     hops/distilled) ;;
     */distilled) die "$1: needs questions with steps; only hops has them: hops/distilled" ;;
   esac
@@ -97,10 +97,6 @@ prepare() { # PROTOCOL EXPERIMENT: the decoder and the tokens, which the laborat
   if [[ $1 == lab_gpu && ! -e runs/paper/$1/tokenizer.model ]]; then
     run tools.make_vocabulary --text='runs/mixture/train/*.txt' --size=4096 --out="runs/paper/$1/tokenizer.model"
   fi
-  if [[ $1 =~ ^(plus_minus|b)$ && ! -e runs/smollm2_135m/decoder ]]; then
-    gguf=$(./launch/get_smollm2.sh) # on a line of its own, or a failed download would go unnoticed
-    run latent_delib.convert --source="$gguf" --out=runs/smollm2_135m/decoder --size=smollm2_135m
-  fi
   if [[ $1 == problems && ! -e runs/problems ]]; then
     run tools.make_problems --out=runs/problems
   fi
@@ -110,9 +106,14 @@ prepare() { # PROTOCOL EXPERIMENT: the decoder and the tokens, which the laborat
   if [[ $1/$2 == lab/assistant ]]; then
     prepare lab_58k overlay # its decoder
   fi
-  if [[ $1 =~ ^(questions|hops|plus_minus)$ && ! -e runs/questions/hops.train.jsonl ]]; then
-    [[ ! -e runs/questions ]] || die "runs/questions has no hops.train.jsonl; remove the folder, and it is made anew"
+  local file=runs/questions/${1/questions/countdown}.train.jsonl
+  if [[ $1 =~ ^(questions|hops|plus_minus)$ && ! -e $file ]]; then
+    [[ ! -e runs/questions ]] || die "runs/questions has no ${file##*/}; remove the folder, and it is made anew"
     run tools.make_questions --out=runs/questions
+  fi
+  if [[ $1 =~ ^(plus_minus|b)$ && ! -e runs/smollm2_135m/decoder ]]; then
+    gguf=$(./launch/get_smollm2.sh) # on a line of its own, or a failed download would go unnoticed
+    run latent_delib.convert --source="$gguf" --out=runs/smollm2_135m/decoder --size=smollm2_135m
   fi
   local its_own=overlay
   case $1 in
@@ -157,10 +158,9 @@ control() {
 
 solve() { # the problems; and, where the decoder itself was trained on them, the text that it read before
   local models=decoder,augmented problems=runs/problems benchmarks=sums,sorting,look_ups,brackets
-  case $protocol in
-    questions) benchmarks=qa:runs/questions/countdown.test.jsonl ;;
-    hops | plus_minus) benchmarks=qa:runs/questions/$protocol.test.jsonl ;;
-  esac
+  if [[ $protocol =~ ^(questions|hops|plus_minus)$ ]]; then
+    benchmarks=qa:runs/questions/${protocol/questions/countdown}.test.jsonl
+  fi
   if [[ $protocol == depth ]]; then
     problems=runs/follow benchmarks=follow_1,follow_2,follow_3,follow_4,follow_5,follow_6
   fi

@@ -26,7 +26,7 @@ case $2 in
   *.evaluate) [[ $* == *--steps=all* ]] || touch "$out/perplexity.json" ;;
   *.prepare) touch "$out/meta.json" ;;
   *.make_mixture) touch "$out/MIXTURE.md" ;;
-  *.make_questions) touch "$out/hops.train.jsonl" ;;
+  *.make_questions) touch "$out"/{countdown,hops,plus_minus}.train.jsonl ;;
   *.make_vocabulary) rmdir "$out" && touch "$out" ;;
 esac
 """
@@ -276,9 +276,30 @@ def test_hops_are_read_with_steps_and_without(here: Path) -> None:
         assert found.data.sources[0].startswith("qa_steps:") == (row == "distilled")
 
 
-def test_questions_of_before_there_were_hops_are_not_overwritten(here: Path) -> None:
+def test_a_real_decoder_is_fetched_and_asked(here: Path) -> None:
+    calls = run_paper(here, "plus_minus")
+    config, folder = "--config=configs/paper.py:plus_minus", "runs/paper/plus_minus"
+    converted = "convert --source=model.gguf --out=runs/smollm2_135m/decoder --size=smollm2_135m"
+    assert calls[:3] == [
+        "tools.make_questions --out=runs/questions",
+        converted,
+        f"prepare {config}/overlay --config.data.token_files= --out={folder}/tokens",
+    ]
+    trained = [call for call in calls if call.startswith("train")]
+    assert trained == [
+        f"train {config}/{name} --workdir={folder}/{name}@0 --config.seed=0"
+        for name in ("overlay", "static_tokens")
+    ]
+    asked = [call for call in calls if call.startswith("benchmark")]
+    assert len(asked) == 2
+    assert all("--benchmarks=qa:runs/questions/plus_minus.test.jsonl" in call for call in asked)
+
+
+def test_questions_of_before_there_were_all_kinds_are_not_overwritten(here: Path) -> None:
     (here / "runs/questions").mkdir(parents=True)
-    assert "remove the folder" in run_paper(here, "hops", code=1)[-1]
+    for protocol in ("hops", "plus_minus"):
+        said = run_paper(here, protocol, code=1)[-1]
+        assert f"has no {protocol}.train.jsonl; remove the folder" in said
     assert not (here / "calls").exists()
 
 

@@ -71,7 +71,7 @@ def test_answers_and_steps_are_right_and_no_question_is_there_twice(folder, kind
     assert len({row["question"] for row in both}) == TRAIN + TEST
     for row in both:
         question, answer, steps = row["question"], row["answer"], row["steps"]
-        if kind == "arithmetic":
+        if kind in ("arithmetic", "plus_minus"):
             assert eval(question.removeprefix("What is ").rstrip("?")) == int(answer)
         if kind == "hops":
             *places, a, b, c, count = re.findall(r"\d+", question)
@@ -101,6 +101,14 @@ def test_answers_and_steps_are_right_and_no_question_is_there_twice(folder, kind
         used = re.findall(r"Every (\w+) is a (\w+)\.", steps)
         assert used[0][0] == start and used[-1][1] == right and set(used) <= set(facts)
         assert all(one[1] == other[0] for one, other in zip(used, used[1:]))
+
+
+def test_sums_have_three_to_five_numbers_of_one_digit_and_never_fall_below_zero(folder):
+    both = rows(folder, "plus_minus", "train") + rows(folder, "plus_minus", "test")
+    numbers = [re.findall(r"\d+", row["question"]) for row in both]
+    assert {len(each) for each in numbers} == {3, 4, 5}
+    assert {number for each in numbers for number in each} == set("123456789")
+    assert all(int(found) >= 0 for row in both for found in re.findall(r"=(-?\d+)>", row["steps"]))
 
 
 def test_word_problems_end_as_their_events_say(folder):
