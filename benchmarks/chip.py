@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import chip_parts, common
+from latent_delib.machine.columns import markdown
 from latent_delib.nn.attention import choice
 
 SHARES = {"proof": 0.5, "steps": 0.25, "peer": 0.15, "use": 0.1}
@@ -273,12 +274,9 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     remat, memory. Of evaluation: tokens per second, and share of the products. Of decoding: ms per
     token, and share of a copy's bandwidth.
     """
-    lines = ["| " + HEAD + " |", "|" + "---|" * (HEAD.count("|") + 1)]
-    if not results:
-        lines.append("| none so far |" + " |" * HEAD.count("|"))
-    for result in results:
-        lines.append("| " + " | ".join(cells(result)) + " |")
-    return "\n".join(lines)
+    head = HEAD.split(" | ")
+    rows = [cells(result) for result in results]
+    return markdown(head, rows or [["none so far", *[""] * (len(head) - 1)]])
 
 
 def cells(result: dict[str, Any]) -> list[str]:

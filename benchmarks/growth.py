@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from benchmarks import common, step
 from latent_delib.delib import cost
+from latent_delib.machine.columns import markdown
 from latent_delib.results import figures
 
 PRESET = dict(
@@ -96,10 +97,8 @@ def growth(rows: Sequence[Row], key: str) -> float:
 
 def table(by_axis: Mapping[str, Sequence[Row]]) -> str:
     """Returns the table of docs/performance.md."""
-    lines = [
-        "| axis | ms per step | MiB | GFLOP | growth of time | of memory | of FLOPs |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    head = "axis | ms per step | MiB | GFLOP | growth of time | of memory | of FLOPs"
+    lines: list[list[str]] = []
     for axis, rows in by_axis.items():
         ends = rows[0], rows[-1]
         cells = [
@@ -109,8 +108,8 @@ def table(by_axis: Mapping[str, Sequence[Row]]) -> str:
             " to ".join(f"{row['gflop']:.1f}" for row in ends),
             *(f"{growth(rows, key):.2f}" for key in LINES),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown(head.split(" | "), lines)
 
 
 def draw(by_axis: Mapping[str, Sequence[Row]], base: Row, path: Path) -> None:

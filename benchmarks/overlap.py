@@ -106,6 +106,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             row["first_ms"] = 1e3 * statistics.median(seconds[form, 1])
         if form == "beside":
             seen = [t for t in timed if hasattr(t, "worked")]
+            if not seen:
+                raise SystemExit(f"error: --new={a.new}: expected more, latents were never ready")
             row["joined_after"] = statistics.median(t.meanwhile for t in seen)
             row["coprocessor_ms"] = 1e3 * statistics.median(t.worked for t in seen)
             row["token_ms_meanwhile"] = 1e3 * statistics.median(

@@ -48,6 +48,7 @@ import numpy as np
 
 from benchmarks import common, peer_llama, peer_sides
 from benchmarks.peer_sides import Work
+from latent_delib.machine.columns import markdown
 
 SAME = 1e-3  # relative difference of figures that count as the same
 # As the commands of the package set it for themselves, here for both sides.
@@ -229,10 +230,7 @@ def cell(found: Mapping[str, float]) -> str:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Returns the table of docs/performance.md."""
-    lines = [
-        "| work | theirs | ours | ratio | same figures |",
-        "|---|---|---|---|---|",
-    ]
+    lines = []
     for row in rows:
         theirs = "; ".join(f"{name} {cell(found)}" for name, found in row["theirs"].items())
         same = "-" if row["same"] is None else f"{row['same']:.0%}"
@@ -243,8 +241,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             cell(row["ratio"]),
             same,
         )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown(["work", "theirs", "ours", "ratio", "same figures"], lines)
 
 
 def versions() -> dict[str, str | None]:

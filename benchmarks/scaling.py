@@ -22,6 +22,7 @@ from latent_delib.job import plan as planning
 from latent_delib.job.estimate import step_seconds
 from latent_delib.job.plan import gib
 from latent_delib.machine.chips import CHIPS, Chip
+from latent_delib.machine.columns import markdown
 from tools.collectives import collectives
 
 
@@ -121,8 +122,8 @@ TABLES = {
 
 
 HEAD = (
-    "| model | N_L | M | T | remat | slice | data x fsdp x traces | rows per chip x parts "
-    "| state, GiB | needs, GiB | of | rows that fit | received, GiB | TFLOP | step, s | MFU |"
+    "model | N_L | M | T | remat | slice | data x fsdp x traces | rows per chip x parts"
+    " | state, GiB | needs, GiB | of | rows that fit | received, GiB | TFLOP | step, s | MFU"
 )
 
 
@@ -155,7 +156,7 @@ def estimate(found: dict[str, Any], rows: float, chip: Chip) -> dict[str, Any]:
       rows: of a batch that a chip has in work at once.
 
     Returns:
-      seconds: part -> time; utilisation: useful FLOPs as a share of the peak; largest_rows: as
+      seconds: of a step; utilisation: useful FLOPs as a share of the peak; largest_rows: as
         `rows`.
     """
     memory = found["memory"]
@@ -166,7 +167,7 @@ def estimate(found: dict[str, Any], rows: float, chip: Chip) -> dict[str, Any]:
     fit = (found["memory_limit"] - memory["total"] + grows) / (grows / rows)
     return {
         "seconds": seconds,
-        "utilisation": found["flops"]["useful"] / seconds["step"] / chip.peak,
+        "utilisation": found["flops"]["useful"] / seconds / chip.peak,
         "largest_rows": max(int(fit), int(rows)),
     }
 
@@ -209,21 +210,20 @@ def figures(found: dict[str, Any], rows: float) -> list[str]:
         str(estimated["largest_rows"]),
         gib(received(found)).removesuffix(" GiB"),
         f"{sum(found['flops'].values()) / 1e12:,.0f}",
-        f"{estimated['seconds']['step']:.2f}",
+        f"{estimated['seconds']:.2f}",
         f"{estimated['utilisation']:.1%}",
     ]
 
 
 def show(rows: list[Row], out: Path) -> str:
     """Returns a table in Markdown."""
-    lines = [HEAD, "|" + "---|" * (HEAD.count("|") - 1)]
+    lines = []
     for row in rows:
         data, fsdp, traces = row.mesh
         setting = [row.size, row.latents, row.traces, row.seq_len, row.remat, row.topology]
         setting += [f"{data} x {fsdp} x {traces}", f"{row.rows:g} x {row.parts}"]
-        cells = [*map(str, setting), *figures(result(row, out), row.rows)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([*map(str, setting), *figures(result(row, out), row.rows)])
+    return markdown(HEAD.split(" | "), lines)
 
 
 def main() -> None:

@@ -84,8 +84,9 @@ PLUS_MINUS = {  # made by tools.make_questions; two CPU cores
     "compute.dtype": "float32",
     "compute.remat": "none",
     "evaluate.num_ahead": 4,
-    "evaluate.max_length": 256,
+    "evaluate.max_length": 64,
     "evaluate.batch_size": 32,
+    "evaluate.positions": 1,  # a question has one prompt
 }
 HOPS_WRITTEN = {  # the same questions with their steps
     "data.sources": ("qa_steps:runs/questions/hops.train.jsonl",),

@@ -61,18 +61,6 @@ def no_memory(error: BaseException) -> str:
     return f"out of device memory: {int(size[1]) / 2**30:,.1f} GiB requested at once"
 
 
-@contextlib.contextmanager
-def device_memory(remedy: str) -> Iterator[None]:
-    """Raises UserError, with the remedy, where a device runs out of memory inside."""
-    try:
-        yield
-    except (RuntimeError, ValueError) as error:
-        line = no_memory(error)
-        if not line:
-            raise
-        raise UserError(f"{line}; {remedy}") from None
-
-
 # Words near the start of an error that mean: the store does not answer, or it denies access.
 NO_ANSWER = re.compile(
     "unavailable|deadline|exhausted|aborted|cancelled|timeout|timed out|connection|transport"

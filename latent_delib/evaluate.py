@@ -72,8 +72,6 @@ def main(flags: Any) -> None:
         if flags.watch or flags.steps:
             raise UserError(f"{where}, of one step; leave out --steps and --watch")
     out = flags.out or flags.workdir
-    if os.path.isfile(out):
-        raise UserError(f"--out={out}: is a file, expected a folder")
     distributed.split_cores(flags.config.compute.cpu_devices)
     with distributed.job(flags):
         on_first(files.check_writable, out)

@@ -50,7 +50,7 @@ def main(flags: Any) -> None:
         )
     requests = read_requests(flags)
     out = epath.Path(flags.out)
-    if flags.out and out.is_dir():
+    if flags.out and files.is_folder(out):
         raise UserError(f"--out={out}: is a folder, expected a file")
     if flags.out:
         files.check_writable(str(out.parent))

@@ -37,7 +37,7 @@ from latent_delib import mesh as mesh_lib
 from latent_delib.data import batches
 from latent_delib.delib import augment
 from latent_delib.delib.step import TrainState
-from latent_delib.errors import INTERRUPTED, UserError, device_memory
+from latent_delib.errors import INTERRUPTED, UserError
 from latent_delib.job import build, dry_run, experiment, own_text, parameters, search
 from latent_delib.job import plan as planning
 from latent_delib.job.checks import check_steps
@@ -51,15 +51,11 @@ from latent_delib.machine import commands, distributed, files
 from latent_delib.machine.checkpoint import Checkpoints, Restored
 from latent_delib.machine.command_line import CONFIG, REQUIRED
 from latent_delib.machine.stopping import Stop, graceful_stop
-from latent_delib.machine.workdir import exclusive, is_remote
+from latent_delib.machine.workdir import exclusive
 from latent_delib.measure.answers import Answers, read_questions
 from latent_delib.nn.transformer import Params
 
-MORE_MEMORY = (
-    "lower config.train.batch_size or config.data.seq_len, raise config.train.accumulation or "
-    "config.mesh.fsdp, or set config.compute.remat=full; where questions are asked, lower "
-    "config.evaluate.batch_size"
-)
+TRACE = Path(tempfile.gettempdir()) / f"latent_delib-profile-{os.getpid()}"  # of a traced step
 SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
@@ -109,7 +105,7 @@ def train(config: ConfigDict, workdir: str, ctrl_c: bool = False) -> int:
     check_steps(config)
     exp = experiment.read(config)
     planning.check_dtype(exp)
-    with exclusive(workdir), graceful_stop(ctrl_c) as stop, device_memory(MORE_MEMORY):
+    with exclusive(workdir), graceful_stop(ctrl_c) as stop:
         return run(exp, workdir, stop)
 
 
@@ -279,25 +275,15 @@ def trace_steps(profile_at: int, step: int, values: Any, workdir: str) -> None:
     if step == profile_at + 3:
         end_trace(workdir)
     elif jax.process_index() == 0:
-        jax.profiler.start_trace(str(folder_of_trace(workdir)))
+        jax.profiler.start_trace(str(TRACE))
 
 
 def end_trace(workdir: str) -> None:
-    """Ends a trace, and puts its files into WORKDIR/profile."""
-    if jax.process_index():
-        return
-    jax.profiler.stop_trace()
-    if is_remote(workdir):
-        folder = folder_of_trace(workdir)
-        files.upload(folder, epath.Path(workdir) / "profile")
-        shutil.rmtree(folder)
-
-
-def folder_of_trace(workdir: str) -> Path:
-    """Returns the local folder of a trace's files."""
-    if is_remote(workdir):
-        return Path(tempfile.gettempdir()) / f"latent_delib-profile-{os.getpid()}"
-    return Path(workdir) / "profile"
+    """Ends a trace, and moves its files to WORKDIR/profile."""
+    if jax.process_index() == 0:
+        jax.profiler.stop_trace()
+        files.upload(TRACE, epath.Path(workdir) / "profile")
+        shutil.rmtree(TRACE)
 
 
 if __name__ == "__main__":

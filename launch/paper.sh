@@ -35,20 +35,17 @@ names=${names//$'\n'/ }
 protocols='lab lab_58k lab_23k lab_gpu problems depth questions hops plus_minus b'
 wanted=()
 all() { # PROTOCOL
-  if [[ $1 == questions ]]; then # a first look
-    wanted+=(questions/overlay questions/static_tokens questions/feedback_fast questions/decoder_fast)
-    return
-  fi
-  if [[ $1 == hops ]]; then
-    wanted+=(hops/double hops/overlay hops/static_tokens hops/decoder_fast)
-    return
-  fi
-  if [[ $1 == plus_minus ]]; then
-    wanted+=(plus_minus/overlay plus_minus/static_tokens)
+  local few='' name
+  case $1 in # a first look
+    questions) few='overlay static_tokens feedback_fast decoder_fast' ;;
+    hops) few='double overlay static_tokens decoder_fast' ;;
+    plus_minus) few='overlay static_tokens' ;;
+  esac
+  if [[ -n $few ]]; then
+    for name in $few; do wanted+=("$1/$name"); done
     return
   fi
   wanted+=("$1/overlay" "$1/after" "$1/decoder") # what the others are compared with, or start from
-  local name
   for name in $names; do
     [[ $name != assistant || $1 =~ ^lab(_[0-9]|$) ]] || continue # it needs a second decoder of the same vocabulary
     [[ $name != distilled ]] || continue # it needs questions with steps: protocol hops

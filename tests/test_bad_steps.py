@@ -10,7 +10,7 @@ import pytest
 import workdirs
 
 from latent_delib import train
-from latent_delib.errors import UserError, device_memory
+from latent_delib.errors import UserError
 from latent_delib.job import experiment, plan
 from latent_delib.job.metrics import Metrics
 from latent_delib.machine import files, saved_steps
@@ -77,16 +77,6 @@ def test_steps_that_are_not_finite_are_skipped_up_to_a_limit(
         and rows[2]["bad_steps"] == 1
         and np.isfinite(rows[2]["grad_norm"])
     )
-
-
-@pytest.mark.parametrize(
-    "error",
-    ["RESOURCE_EXHAUSTED: Out of memory", "INTERNAL: Error dispatching computation: Out of memory"],
-)
-def test_too_little_memory_is_told_in_one_line_with_the_remedy(error):
-    with pytest.raises(UserError, match="out of device memory.*config.train.batch_size"):
-        with device_memory(train.MORE_MEMORY):
-            raise jax.errors.JaxRuntimeError(error)
 
 
 @pytest.mark.parametrize("start, saved", [(2, "step 2 is saved"), (0, "nothing is saved yet")])

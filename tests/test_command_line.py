@@ -228,7 +228,7 @@ def test_a_store_that_does_not_answer_has_an_exit_code_of_its_own(command, capsy
             jax.errors.JaxRuntimeError(
                 "RESOURCE_EXHAUSTED: Out of memory allocating 1941357084896 bytes."
             ),
-            ["out of device memory", "1,808.0 GiB"],
+            ["out of device memory", "1,808.0 GiB", "config.train.accumulation"],
         ),
         (
             jax.errors.JaxRuntimeError(

@@ -164,7 +164,7 @@ def test_every_field_of_the_sampler_is_a_flag(capsys):
         ({"every": 8}, {"delay": 8}, "delay=8: expected less than every=8"),
         ({"every": 8}, {"every": 4}, "every=4: latents join again after each 8 tokens"),
         ({"name": "inserted"}, {"delay": 1}, "delay=1: method 'inserted' writes keys"),
-        ({"name": "inserted"}, {"coprocessor_devices": 1}, "coprocessor_devices: method"),
+        ({"name": "inserted"}, {"coprocessor_devices": 1}, "(--coprocessor_devices): method"),
     ],
 )
 def test_a_rhythm_that_does_not_fit_the_method(trained, monkeypatch, method, flags, words):

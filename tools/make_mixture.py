@@ -6,9 +6,9 @@
 Writes OUT/train, OUT/validation and OUT/unseen, one file per work, for
 `data.sources=files:OUT/train/*.txt`; MIXTURE.md, a table of the works; about.json, their digests;
 licences/, each package's own words. The split is by work: validation has other works of kinds that
-train has too, unseen has works further from them. A paragraph of 60 characters or more is in one
-place only, in train rather than validation or unseen: more works there do not change what is
-trained on. Prose to train on comes from tools/prose, other prose from the packaged corpus.
+train has too, unseen has works further from them. A paragraph of 60 characters or more is kept
+once: if train has it, validation and unseen lose it, so works added to these two never change
+train. Prose to train on comes from tools/prose, other prose from the packaged corpus.
 Some of the text is copyleft: read MIXTURE.md before you pass it on.
 
 Needs Debian 12 (`apt-get update` first), groff and perl; installs nothing. The same package

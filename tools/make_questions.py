@@ -12,8 +12,8 @@
                  task of Stream of Search (2404.03683), with three numbers and one right answer
   hops           "Follow 5 7 1 2 5 2 5 8 from 3 4 6, 2 hops.": place 3 holds 1, place 1 holds 5, and
                  so on for 4 and 6; the steps "1: 1 2 2" and "2: 5 7 7", the answer "5 7 7"
-  plus_minus     "What is 4 + 7 - 3?", the steps "<<4+7=11>>" and "<<11-3=8>>", the answer "8"; three
-                 to five numbers of one digit
+  plus_minus     "What is 4 + 7 - 3?" with three to five numbers of one digit, the steps
+                 "<<4+7=11>>" and "<<11-3=8>>", the answer "8"
 
 Writes KIND.train.jsonl and KIND.test.jsonl, lines of {"question", "steps", "answer"}, for the
 sources qa:FILE and qa_steps:FILE and for `benchmark --benchmarks=qa:FILE`. Each step is a line of
@@ -225,8 +225,7 @@ def plus_minus(draw: random.Random) -> Question:
 
 
 KINDS = {
-    make.__name__: make
-    for make in (arithmetic, word_problems, chains, countdown, hops, plus_minus)
+    make.__name__: make for make in (arithmetic, word_problems, chains, countdown, hops, plus_minus)
 }
 
 

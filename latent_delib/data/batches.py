@@ -12,8 +12,8 @@ from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.data.tokenizer import fingerprint as fingerprint_of_tokenizer
 from latent_delib.errors import UserError
 
-SPREAD = 16  # one row of held-out text is taken out of this many
-MOST_READ = 16_384  # rows of held-out text at most, or as many as are asked for
+SPREAD = 16  # of so many rows of held-out text that are read, one is taken
+MOST_READ = 16_384  # rows of held-out text that are read, unless more are asked for
 
 
 def check(data: Any, field: str) -> None:
@@ -131,9 +131,9 @@ def validation_documents(
 def validation_rows(data: Any, *, tokenizer: Tokenizer, count: int) -> dict[str, np.ndarray]:
     """Returns rows of held-out text, always the same rows, packed as training rows are.
 
-    Each source of `data.validation` gives an equal share of the rows, evenly spaced over its
-    beginning: one out of SPREAD, or more where that would read more than MOST_READ rows in all.
-    Each source may have `data.max_bad_records` bad records.
+    Each source of `data.validation` gives an equal share of the rows. SPREAD times as many are read
+    from its beginning, and every SPREAD-th is taken; fewer are read where all sources together
+    would pass MOST_READ. Each source may have `data.max_bad_records` bad records.
 
     Args:
       data: config.data.

@@ -37,8 +37,8 @@ class Reader(Protocol):
     Attributes:
       source: the source string of the config.
       parts: the names of the parts.
-      cycle: how many parts are open at a time; in turn, a block of texts is read from each. 1: the
-        parts may be divided otherwise on another machine, and the texts have the same order there.
+      cycle: how many parts are read in turns, a block of texts from each. 1: one part after the
+        other, so that the order of texts does not depend on how a machine divides the source.
       unit: the word for one text of a part in error messages, such as "line".
     """
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from latent_delib.nn.products import einsum, softcapped
+from latent_delib.nn.products import einsum, softcapped, table_product
 
 SEQUENCES = 4  # per device; with more sequences, fewer tokens than a chunk are computed at a time
 
@@ -140,25 +140,16 @@ def _loss(
 
     The loss is float32 [B, r], the gradient float32 [B, r, V].
     """
-    logits_BrV, slope_BrV = _logits(x_BrD, table_VD, softcap)
+    table_VD = table_VD.astype(x_BrD.dtype)
+    logits_BrV, slope_BrV = softcapped(table_product(x_BrD, table_VD), softcap)
     loss_Br, dlogits_BrV = _nll(logits_BrV, target_Br)
     if teacher_BrD is not None:
-        taught_BrV, _ = _logits(teacher_BrD, table_VD, softcap)
+        taught_BrV, _ = softcapped(table_product(teacher_BrD, table_VD), softcap)
         apart_Br, gradient = jax.vjp(lambda logits: divergence(logits, taught_BrV), logits_BrV)
         (dapart_BrV,) = gradient(jnp.ones_like(apart_Br))
         loss_Br = (1 - distill) * loss_Br + distill * apart_Br
         dlogits_BrV = (1 - distill) * dlogits_BrV + distill * dapart_BrV
     return loss_Br, dlogits_BrV * slope_BrV
-
-
-def _logits(
-    x_BrD: jax.Array,
-    table_VD: jax.Array,
-    softcap: float,
-) -> tuple[jax.Array, jax.Array | float]:
-    """Returns logits, float32 [B, r, V], and their slope with respect to x . table."""
-    products_BrV = einsum("BrD,VD->BrV", x_BrD, table_VD.astype(x_BrD.dtype), jnp.float32)
-    return softcapped(products_BrV, softcap)
 
 
 def _nll(logits_BrV: jax.Array, target_Br: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -65,9 +65,8 @@ def _adafactor(o: Any) -> optax.GradientTransformation:
 def _muon(o: Any) -> optax.GradientTransformation:
     """Makes the updates of a layer's matrices orthogonal (Jordan et al. 2024).
 
-    Each update is made about as large as updates of Adam are in practice (arXiv 2502.16982), so one
-    learning rate serves both. Adam with Nesterov's momentum scales all
-    other leaves.
+    Each update is about as large as Adam's are in practice (arXiv 2502.16982), so one learning rate
+    serves both. Adam with Nesterov's momentum scales all other leaves.
     """
 
     def axes(path: tuple, leaf: jax.Array) -> MuonDimensionNumbers | None:
@@ -116,14 +115,10 @@ def make_optimizer(o: Any, steps: int) -> Optimizer:
     def decays(path: tuple, _: jax.Array) -> bool:
         return not path[-1].key.endswith(("scale", "soft_tokens", "bias"))
 
-    def soft_token_rate(updates: Params, params: Params | None) -> Params:
-        del params
-        ratio = o.soft_token_learning_rate / o.learning_rate
+    ratio = o.soft_token_learning_rate / o.learning_rate
 
-        def scaled(path: tuple, update: jax.Array) -> jax.Array:
-            return update * ratio if path[-1].key == "soft_tokens" else update
-
-        return jax.tree.map_with_path(scaled, updates)
+    def at_own_rate(path: tuple, update: jax.Array) -> jax.Array:
+        return update * ratio if path[-1].key == "soft_tokens" else update
 
     tx = optax.chain(
         optax.clip_by_global_norm(o.clip_norm),
@@ -132,7 +127,7 @@ def make_optimizer(o: Any, steps: int) -> Optimizer:
             o.weight_decay, lambda params: jax.tree.map_with_path(decays, params)
         ),
         optax.scale_by_learning_rate(learning_rate),
-        optax.stateless(soft_token_rate),
+        optax.stateless(lambda updates, _: jax.tree.map_with_path(at_own_rate, updates)),
     )
     return Optimizer(tx, learning_rate)
 

@@ -20,7 +20,7 @@ from jax.experimental import topologies
 from ml_collections import ConfigDict
 
 from latent_delib import mesh as mesh_lib
-from latent_delib.errors import UserError
+from latent_delib.errors import UserError, reason
 from latent_delib.job import estimate, experiment
 from latent_delib.job import plan as planning
 from latent_delib.job.experiment import Experiment
@@ -95,8 +95,7 @@ def slice_of(topology: str) -> Sequence[Any]:
         return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except Exception as error:  # jax and libtpu raise several kinds
         hint = "no such slice, or libtpu is missing (./launch/setup.sh tpu)"
-        why = " ".join(str(error).split())[:300]
-        raise UserError(f"--topology={topology}: {hint}: {why}") from None
+        raise UserError(f"--topology={topology}: {hint}: {reason(error)}") from None
 
 
 def compile_step(exp: Experiment, plan: Plan) -> jax.stages.Compiled:
@@ -172,7 +171,7 @@ def note_on_attention(form: str, config: ConfigDict, topology: str) -> str:
         return ""
     return (
         f"compiled with attention {form}: with config.compute.attention=auto a job takes it only "
-        "where it is proven, and else xla; to be sure, name one of the two\n"
+        f"where it is proven, and else xla; to get this program, set it to {form}\n"
     )
 
 

@@ -22,10 +22,8 @@ PEAK_SHARE = 0.5
 LINK_SHARE = 0.5
 
 
-def step_seconds(
-    computed: float, received: float, trainable: float, chip: Chip
-) -> dict[str, float]:
-    """Returns the seconds of each part of a step, and of the whole step as "step".
+def step_seconds(computed: float, received: float, trainable: float, chip: Chip) -> float:
+    """Returns the seconds of a step.
 
     Computation and traffic overlap, so only the longer of the two counts.
 
@@ -39,8 +37,7 @@ def step_seconds(
     links = received / (LINK_SHARE * chip.links)
     # Reads gradients, master weights and both moments; writes the last three.
     update = 7 * trainable / chip.bandwidth
-    step = max(compute, links) + update
-    return {"compute": compute, "links": links, "update": update, "step": step}
+    return max(compute, links) + update
 
 
 def step_flops(exp: Experiment) -> dict[str, float]:

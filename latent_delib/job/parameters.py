@@ -23,7 +23,7 @@ from latent_delib.weights import folder
 
 def frozen_shapes(exp: Experiment) -> Params:
     """Returns the shapes of the frozen parameters, with dtype and shardings."""
-    frozen = _decoder_shapes(exp)
+    frozen = _decoder_shapes(exp.aug)
     if exp.adapts_start:
         frozen |= _trainable(exp)
     return _on_mesh(exp, frozen, exp.dtype)
@@ -46,9 +46,9 @@ def load_frozen(exp: Experiment) -> Params:
     return frozen
 
 
-def _decoder_shapes(exp: Experiment) -> Params:
+def _decoder_shapes(aug: Augmentation) -> Params:
     """Returns the shapes of the decoder and, where there is one, of the assistant."""
-    return {reader: folder.shapes(model.config) for reader, model in exp.aug.readers.items()}
+    return {reader: folder.shapes(model.config) for reader, model in aug.readers.items()}
 
 
 def trainable_shapes(exp: Experiment) -> Params:
@@ -139,6 +139,8 @@ def open_start(exp: Experiment) -> tuple[checkpoint.Checkpoints, int]:
     checkpoints, meta = build.open_start(exp.config.method.start)
     there = Record.from_meta(meta, given)
     exp.record.require(there, "start", given)
+    if there["method.lora_rank"]:
+        raise UserError(f"{given}: holds adapters, expected whole weights; name another checkpoint")
     _require_room(exp, there, given)
     return checkpoints, there["method.num_latents"]
 
@@ -170,7 +172,12 @@ def _trainable(exp: Experiment, rank: int = 0, num_latents: int | None = None) -
     aug = exp.aug
     if num_latents is not None:
         aug = dataclasses.replace(aug, num_latents=num_latents)
-    begun_from = augment.starting_decoder(_decoder_shapes(exp))
+    return shapes_to_train(aug, rank)
+
+
+def shapes_to_train(aug: Augmentation, rank: int = 0) -> Params:
+    """Returns the shapes of a method's trainable tree, float32; `rank` as in `init_trainable`."""
+    begun_from = augment.starting_decoder(_decoder_shapes(aug))
     return jax.eval_shape(init_trainable(aug, rank), jax.random.key(0), begun_from)
 
 

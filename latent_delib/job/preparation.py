@@ -122,7 +122,7 @@ def _difference(found: dict, meta: dict) -> str | None:
             if there.get("text", here["text"]) != here["text"]:  # older token files do not say
                 return f"the text of {here['source']} has changed"
             if here.get("whole") and not there.get("whole"):
-                return f"an older version cut the questions of {here['source']} anywhere"
+                return f"an older version split questions of {here['source']} between rows"
     return None
 
 

@@ -40,13 +40,12 @@ AGREE = {
     ),
     # A checkpoint is evaluated or used: same decoder, same latents.
     "evaluate": ("decoder.fingerprint", "decoder.tokenizer", *METHOD),
-    # Training begins with weights of another run. They must be whole, not adapters.
+    # Training begins with weights of another run.
     "start": (
         "decoder.fingerprint",
         "method.name",
         "method.placement",
         "method.every",
-        "method.lora_rank",
         "method.coprocessor",
         "method.assistant",
     ),
@@ -68,8 +67,6 @@ AGREE = {
         "evaluate.temperature",
     ),
 }
-# What a run must have before another may start from it.
-WHOLE = {"method.lora_rank": 0}
 # The value a key has in a run that is older than the key. A new key of `method` or `optimizer`
 # needs a line, or no older run can go on.
 BEFORE = {
@@ -205,10 +202,7 @@ class Record:
         """Returns every difference from another run for a purpose, a key of AGREE."""
         found = []
         for key in self._keys(other, purpose):
-            here = self[key]
-            if purpose == "start":
-                here = WHOLE.get(key, here)
-            there = other[key]
+            here, there = self[key], other[key]
             if key == "start.fingerprint" and not (here and there):  # older runs do not know it
                 continue
             if here != there:
@@ -222,11 +216,9 @@ class Record:
             return
         lines = []
         for d in found:
-            is_rule = purpose == "start" and d.key in WHOLE
-            here = f"expected {d.here!r}" if is_rule else f"{_short(d.key, d.here)} here"
-            lines.append(f"{d.key} is {_short(d.key, d.there)} there, {here}")
-        listed = "; ".join(lines)
-        raise OtherRun(f"{where}: {listed}; {REMEDY[purpose]}")
+            there, here = _short(d.key, d.there), _short(d.key, d.here)
+            lines.append(f"{d.key} is {there} there, {here} here")
+        raise OtherRun(f"{where}: {'; '.join(lines)}; {REMEDY[purpose]}")
 
     def _keys(self, other: "Record", purpose: str) -> Iterator[str]:
         """Yields the keys of a purpose, one by one."""

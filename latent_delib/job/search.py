@@ -26,6 +26,7 @@ from latent_delib.job import dry_run, estimate, experiment
 from latent_delib.job import plan as planning
 from latent_delib.job.plan import gib
 from latent_delib.machine import chips, files
+from latent_delib.machine.columns import markdown
 
 WANTED = 3  # settings that fit: estimates of time are rough, so the first may not be the fastest
 REMAT = ("dots", "attention", "full")  # "none" repeats as much as "dots", and keeps more
@@ -106,12 +107,14 @@ def search(
     """
     if not topology:
         raise UserError("--search: expected --topology as well, the TPU slice to search for")
+    files.check_writable(workdir)
     began = time.perf_counter()
     devices = dry_run.slice_of(topology)
     if None in chips.chip_of(devices[0]):
         known = [kind for kind, chip in chips.CHIPS.items() if None not in chip]
         raise UserError(
-            f"--search: no figures for {devices[0].device_kind}: expected one of {', '.join(known)}"
+            f"--search: machine/chips.py has no data sheet of {devices[0].device_kind}; "
+            f"expected one of {', '.join(known)}"
         )
     estimates = in_order(estimate_all(config, devices))
     print(f"{len(estimates)} settings, {processes()} compiled at once, {WANTED} wanted", flush=True)
@@ -192,7 +195,7 @@ def estimate_all(config: ConfigDict, devices: Sequence[Any]) -> list[Estimate]:
         computed = sum(estimate.step_flops(exp).values())
         weights = 4 * estimate.trained(exp) / (setting.fsdp * setting.traces * config.mesh.tensor)
         seconds = estimate.step_seconds(computed, received, weights, chip)
-        found.append(Estimate(setting, seconds["step"], received))
+        found.append(Estimate(setting, seconds, received))
     if not found:
         raise UserError(
             f"--search: config.train.batch_size={config.train.batch_size} does not split over any "
@@ -340,7 +343,7 @@ def show(rows: list[dict[str, Any]]) -> str:
     axes = " x ".join(rows[0]["mesh"])
     limit = gib(rows[0]["memory_limit"])
     head = [axes, "accumulation", "remat", f"memory, of {limit}", "received", "estimated step, s"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines = []
     for one in rows:
         cells = [
             " x ".join(map(str, one["mesh"].values())),
@@ -350,6 +353,6 @@ def show(rows: list[dict[str, Any]]) -> str:
             gib(one["received"]),
             f"{one['seconds']:.3g}",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["the first, as flags:", " ".join(rows[0]["flags"])]
-    return "\n".join(lines)
+        lines.append(cells)
+    flags = " ".join(rows[0]["flags"])
+    return f"{markdown(head, lines)}\nthe first, as flags:\n{flags}"

@@ -95,7 +95,7 @@ def check_joining(
         if rhythm and delay >= rhythm:
             raise UserError(f"delay={delay}: expected less than every={rhythm}")
     if delay != 0 and method and METHODS[method].writes_keys:
-        given = "coprocessor_devices" if delay is None else f"delay={delay}"
+        given = "delay=None (--coprocessor_devices)" if delay is None else f"delay={delay}"
         raise UserError(
             f"{given}: method {method!r} writes keys, which depend on their position, so they "
             "cannot join later; leave it out"
@@ -122,7 +122,7 @@ def random_keys(seed: int | Sequence[int], count: int) -> list[jax.Array]:
 
     They are made from a list of seeds, or from one seed and the place of each prompt.
     """
-    if np.ndim(seed) == 0:
+    if np.asarray(seed, object).ndim == 0:
         base = jax.random.key(arguments.whole("seed", seed, 0, arguments.SEED))
         return [jax.random.fold_in(base, i) for i in range(count)]
     seeds = arguments.several("seed", seed)

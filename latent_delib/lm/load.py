@@ -22,7 +22,7 @@ from latent_delib.delib.coprocessor import Models
 from latent_delib.delib.methods import METHODS
 from latent_delib.delib.traces import PLACEMENTS
 from latent_delib.errors import UserError
-from latent_delib.job import build
+from latent_delib.job import build, parameters
 from latent_delib.job.record import SHORT, Record
 from latent_delib.lm import inputs
 from latent_delib.machine import arguments, checkpoint
@@ -31,6 +31,7 @@ from latent_delib.nn.sizes import TransformerConfig
 from latent_delib.nn.transformer import Params, Transformer
 from latent_delib.weights import coprocessor as exported
 from latent_delib.weights import folder, gguf, huggingface, imported, locate, tokenizer_files
+from latent_delib.weights.tensors import check_shapes
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -201,7 +202,8 @@ def _load_coprocessor(workdir: str | os.PathLike, step: int | None) -> Coprocess
 def _exported(where: Path, step: int | None) -> Coprocessor:
     fields, params = exported.load(where, step)
     record = Record.from_meta(fields["record"], str(where))
-    for key, known in (("method.name", METHODS), ("method.placement", PLACEMENTS)):
+    writing = [name for name, method in METHODS.items() if method.write is not None]
+    for key, known in (("method.name", writing), ("method.placement", PLACEMENTS)):
         if record[key] not in known:
             raise UserError(f"{where}: {key}={record[key]!r}, expected one of {sorted(known)}")
     found = Coprocessor(params, record, fields["fingerprint"])
@@ -211,22 +213,12 @@ def _exported(where: Path, step: int | None) -> Coprocessor:
 
 def _check_shapes(found: Coprocessor, where: Path) -> None:
     """Raises UserError unless a coprocessor's parameters have the shapes of its method."""
-    decoder = TransformerConfig(**found.record.architecture)
-    models = build.augmentation(found.record, decoder).models
-    begun_from = models.coprocessor.config if found.record.assistant else decoder
-
-    def init(key: jax.Array, params: Params) -> Params:
-        return METHODS[found.method].init(key, params, models, found.num_latents)["coprocessor"]
-
-    expected = jax.eval_shape(init, jax.random.key(0), folder.shapes(begun_from))
+    aug = build.augmentation(found.record, TransformerConfig(**found.record.architecture))
+    expected = parameters.shapes_to_train(aug)["coprocessor"]
     shapes = {name: leaf.shape for name, leaf in folder.by_name(found.params).items()}
     wanted = {name: leaf.shape for name, leaf in folder.by_name(expected).items()}
-    for name in sorted(shapes.keys() | wanted.keys()):
-        if shapes.get(name) != wanted.get(name):
-            raise UserError(
-                f"{where}: {name} is {shapes.get(name)}, expected {wanted.get(name)} "
-                f"for method {found.method!r} with {found.num_latents} latents"
-            )
+    source = f"{where}: method {found.method!r} with {found.num_latents} latents"
+    check_shapes(shapes, wanted, source, notes={})
 
 
 def read_record(workdir: str, step: int | None = None) -> Record:
@@ -322,7 +314,9 @@ def augmentation(
     if coprocessor.fingerprint != decoder.fingerprint:
         theirs = coprocessor.fingerprint[:SHORT]
         this = decoder.fingerprint[:SHORT]
-        raise UserError(f"coprocessor belongs to decoder {theirs}, this decoder is {this}")
+        raise UserError(
+            f"the coprocessor belongs to the decoder with fingerprint {theirs}; this one has {this}"
+        )
     return build.augmentation(coprocessor.record, decoder.config, model)
 
 
@@ -349,7 +343,9 @@ def load_assistant(
         raise UserError(f"the coprocessor's assistant: {error}; {remedy}") from None
     if found.fingerprint != fingerprint:
         theirs, this = fingerprint[:SHORT], found.fingerprint[:SHORT]
-        raise UserError(f"the coprocessor's assistant is {theirs}, {path} is {this}; {remedy}")
+        raise UserError(
+            f"the coprocessor's assistant has fingerprint {theirs}; {path} has {this}; {remedy}"
+        )
     return {"assistant": found.params}
 
 

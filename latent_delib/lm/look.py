@@ -114,6 +114,8 @@ def attention(
     if not lm.aug.writes_latents:
         raise UserError("this model has no coprocessor, so no latents")
     text = lm.token_array([tokens])
+    if len(tokens) < 3:
+        raise UserError(f"tokens: holds {len(tokens)}, expected at least 3")
     at = arguments.whole("at", at, -arguments.INT32)
     if not 0 <= at < len(tokens) - 2:
         raise UserError(

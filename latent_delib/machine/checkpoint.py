@@ -286,7 +286,10 @@ def _noted(item: str) -> Iterator[None]:
 
 
 def _on_host(leaf: Any) -> np.ndarray:
-    """Returns an array without memory, whose shape and type ask orbax for a numpy array."""
+    """Returns a placeholder with the shape and dtype of a leaf; it takes no memory.
+
+    Given a numpy array, orbax reads into numpy, and onto no device.
+    """
     return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
 
 
@@ -359,6 +362,6 @@ def _loss(metrics: dict[str, float]) -> float:
 
 
 def _barrier(*, key: str, timeout_ms: int) -> None:
-    """Waits as orbax does, but not after a failed save: 20 minutes of waiting hide its error."""
+    """Waits as orbax does, but not after a failed save: its error would come 20 minutes later."""
     if sys.exc_info()[0] is None:
         ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)

@@ -1,6 +1,6 @@
-"""Aligns tables in plain text."""
+"""Writes tables, in plain text or in Markdown."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 
 def aligned(lines: Sequence[Sequence[str]], left: Collection[str]) -> list[str]:
@@ -19,3 +19,15 @@ def aligned(lines: Sequence[Sequence[str]], left: Collection[str]) -> list[str]:
             cells.append(cell.ljust(width) if name in left else cell.rjust(width))
         written.append("  ".join(cells).rstrip())
     return written
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Returns a table in Markdown.
+
+    Args:
+      head: names of the columns.
+      rows: a cell for each column, without bars.
+    """
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    lines.insert(1, "|---" * len(head) + "|")
+    return "\n".join(lines)

@@ -146,8 +146,10 @@ def _device_message(error: Exception) -> str:
     line = no_memory(error)
     if line:
         return (
-            f"{line}; take fewer rows at once (evaluation: config.evaluate.batch_size and "
-            "positions; others: --batch_size), or more devices (config.mesh, --tensor)"
+            f"{line}; take fewer rows at once (training: lower config.train.batch_size, or raise "
+            "config.train.accumulation; evaluation, and questions in training: "
+            "config.evaluate.batch_size or positions; others: --batch_size), keep less "
+            "(config.compute.remat=full), or take more devices (config.mesh, --tensor)"
         )
     frames = traceback.extract_tb(error.__traceback__)
     if "xla_bridge" not in frames[-1].filename:

@@ -62,7 +62,7 @@ def job(flags: Any) -> Iterator[None]:
         return
     address, count, index = find_place(flags.start_timeout)
     with held_together(index, meet(address, count, index, flags.start_timeout)):
-        # the service would take SIGTERM for itself
+        # jax's preemption service would handle SIGTERM in our place
         jax.config.update("jax_enable_preemption_service", False)
         jax.distributed.initialize(
             address, count, index, initialization_timeout=flags.start_timeout
@@ -254,7 +254,7 @@ def _exit_code(error: BaseException, others: Others) -> int:
     if not others.one_lost.wait(GRACE):
         text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         print(
-            f"failed: {text}; waiting {SILENCE} s for news of the other processes",
+            f"failed: {text}; waiting {SILENCE} s to learn whether another was lost",
             file=sys.stderr,
             flush=True,
         )

@@ -243,7 +243,7 @@ def uploaded_folder(folder: epath.Path, last: str) -> Iterator[Path]:
 
 
 def upload(folder: Path, target: epath.Path, last: str = "") -> None:
-    """Copies the files of a local folder to a folder on a store, each file part by part.
+    """Copies the files of a local folder to another folder, local or on a store, part by part.
 
     Args:
       last: a file that is removed from `target` first, and copied after all others.

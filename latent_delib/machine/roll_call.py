@@ -11,7 +11,7 @@ import re
 import socket
 import time
 
-from latent_delib.errors import UserError
+from latent_delib.errors import UserError, reason
 
 SILENCE = 40  # seconds after which a machine that no longer answers counts as gone
 GRACE = 5.0  # seconds in which a process can end by itself, and say why, once another has ended
@@ -40,7 +40,7 @@ def find_place(seconds: float) -> tuple[str, int, int]:
         try:
             address, count, index, _ = ask(address, count, index, None, None, seconds)
         except Exception as error:
-            raise UserError(f"--distributed: {' '.join(str(error).split())}") from None
+            raise UserError(f"--distributed: {reason(error)}") from None
     if None in (address, count, index):
         raise UserError(
             "--distributed: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID are not "
@@ -125,7 +125,7 @@ def _call_roll(address: str, count: int, seconds: float) -> Connections:
 
 
 def _enter(connection: socket.socket, there: Connections, count: int) -> None:
-    """Reads the number of a new process, and enters it in `there`.
+    """Reads the number of a new process, and adds its connection to `there`.
 
     Raises:
       UserError: the number is wrong.
@@ -158,7 +158,7 @@ def _answer_roll(address: str, count: int, index: int, seconds: float) -> Connec
         try:
             connection = _keep_alive(socket.create_connection(place, timeout=5))
         except OSError as error:
-            answer = error.strerror or str(error)
+            answer = reason(error)
         else:
             # Process 0 has a limit of its own, and may have begun to wait later.
             connection.settimeout(seconds + GRACE)
@@ -189,9 +189,8 @@ def _listen(port: int, until: float) -> socket.socket:
             )
         except OSError as error:
             if time.monotonic() > until:
-                reason = (error.strerror or str(error)).lower()
                 raise UserError(
-                    f"--distributed: cannot open port {port} of the coordinator: {reason}"
+                    f"--distributed: cannot open port {port} of the coordinator: {reason(error)}"
                 ) from None
         time.sleep(0.5)
 

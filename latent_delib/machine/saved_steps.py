@@ -3,6 +3,7 @@
 So a command can look for checkpoints before jax has set up its devices.
 """
 
+import importlib
 import importlib.util
 import json
 import os
@@ -12,7 +13,7 @@ from typing import Any
 
 from etils import epath
 
-from latent_delib.errors import UserError, store_errors
+from latent_delib.errors import UserError, extra, store_errors
 from latent_delib.machine import files
 from latent_delib.machine.workdir import is_remote
 
@@ -80,20 +81,11 @@ def folder(workdir: str) -> epath.Path:
     """
     if not is_remote(workdir):
         return epath.Path(os.path.abspath(workdir)) / "checkpoints"
-    missing = ""
-    if not _is_installed("google.cloud.storage"):
-        missing = "google-cloud-storage"
-    elif not _is_installed("gcsfs") and not _is_installed("tensorflow"):
-        missing = "gcsfs"
-    if missing:
-        raise UserError(f"{workdir}: gs:// needs the package {missing} (./launch/setup.sh tpu)")
+    with extra("tpu"):
+        importlib.import_module("google.cloud.storage")  # for orbax
+        if importlib.util.find_spec("tensorflow") is None:
+            importlib.import_module("gcsfs")  # for epath
     return epath.Path(workdir) / "checkpoints"
-
-
-def _is_installed(package: str) -> bool:
-    with suppress(ModuleNotFoundError):  # raised where a package above this one is missing
-        return importlib.util.find_spec(package) is not None
-    return False
 
 
 def why_no_checkpoint(workdir: str) -> str:

@@ -57,7 +57,7 @@ def require_same(folder: epath.Path, record: Record, text: str = "") -> None:
             )
         if text and result.get("text", text) != text:
             raise UserError(
-                f"{file}: is of another text of the same name; give another --out, or remove it"
+                f"{file}: was made on other text of the same name; give another --out, or remove it"
             )
 
 
@@ -122,7 +122,7 @@ def _is_over(
     results = read_results(folder)
     newest = max([*tried, *results], default=None)
     if results and newest >= Record.from_result(results[max(results)])["train.steps"]:
-        hint = "" if tried else "; to evaluate a longer training, wait for its next checkpoint"
+        hint = "" if tried else "; if the training goes on, start this again after a checkpoint"
         print(f"step {newest} was the last{hint}", flush=True)
         return True
     if waited < patience:

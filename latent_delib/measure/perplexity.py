@@ -111,7 +111,7 @@ def write_documents(file: epath.Path, text: ValidationText, sums: SumsByTerm) ->
 
 
 def sum_works(documents: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns the arrays of documents.npz with one row per work, for intervals draw whole works.
+    """Sums the arrays of documents.npz over each work; intervals, which draw works, stay the same.
 
     The documents of a source with a single work stay apart: its intervals draw them.
     """
@@ -160,7 +160,8 @@ class PartialSums:
         try:
             with np.load(io.BytesIO(content), allow_pickle=False) as saved:
                 if str(saved["identity"]) == self.identity:
-                    return _sums(saved, zeros), int(saved["done"])
+                    sums = {term: Sums(*(saved[name] for name in _names(term))) for term in zeros}
+                    return sums, int(saved["done"])
         except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             problem = f"damaged ({' '.join(str(error).split())})"
         warn(f"{self.file} is {problem}: the evaluation begins anew")
@@ -186,14 +187,6 @@ def _arrays(sums: SumsByTerm) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _sums(arrays: Mapping[str, np.ndarray], like: SumsByTerm) -> SumsByTerm:
-    """Returns the sums of the same terms as `like`, from what `_arrays` made."""
-    sums = {}
-    for term in like:
-        sums[term] = Sums(*(arrays[name] for name in _names(term)))
-    return sums
-
-
 def to_npz(arrays: Mapping[str, Any]) -> bytes:
     """Returns the content of a .npz file of arrays by name."""
     content = io.BytesIO()
@@ -213,19 +206,13 @@ def by_source(text: ValidationText, sums: SumsByTerm, seed: int) -> dict[str, An
     sets = {}
     for number, source in enumerate(text.sources):
         here = text.source == number
-        works = _by_work(text, sums, seed, np.unique(text.work[here]))
-        sets[source] = _part(text, sums, seed, here) | {"works": works}
+        sets[source] = _part(text, sums, seed, here)
+        named = [work for work in np.unique(text.work[here]) if text.works[work]]
+        if len(named) > FEW_WORKS:
+            named = []
+        works = {text.works[work]: _part(text, sums, seed, text.work == work) for work in named}
+        sets[source]["works"] = works
     return whole | {"sets": sets}
-
-
-def _by_work(
-    text: ValidationText, sums: SumsByTerm, seed: int, works: np.ndarray
-) -> dict[str, Any]:
-    """Returns the figures of each of these works that has a name; none where they are many."""
-    named = [work for work in works if text.works[work]]
-    if len(named) > FEW_WORKS:
-        return {}
-    return {text.works[work]: _part(text, sums, seed, text.work == work) for work in named}
 
 
 def _part(

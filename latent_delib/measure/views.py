@@ -94,8 +94,8 @@ def without_first_tokens(view: View, lost: int) -> View:
 def with_latents_of(view: View, donor_of: np.ndarray, at_prompts: bool) -> View:
     """Gives each piece the latents of its donor, piece `donor_of[number]`.
 
-    They are written after the same tokens as the piece's own; at_prompts: the k-th after the
-    donor's k-th prompt. Where the donor is too short, they are written at its last such place.
+    They are written at the piece's own places or, with `at_prompts`, the k-th after the donor's
+    k-th prompt. Where the donor is too short, they are written at its last such place.
     """
 
     def swapped(number: int) -> Case:

@@ -273,19 +273,9 @@ _QWEN3 = FAMILIES["qwen3"] | dict(rope_base=1e6)
 _GPT2 = FAMILIES["gpt2"] | dict(norm_eps=1e-5, learned_positions=1024)
 
 
-def _size(
-    family: dict[str, Any],
-    num_layers: int,
-    embed_dim: int,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    ffn_dim: int,
-    vocab_size: int,
-    **fields: Any,
-) -> TransformerConfig:
-    numbers = (num_layers, embed_dim, num_heads, num_kv_heads, ffn_dim, vocab_size, head_dim)
-    return TransformerConfig(*numbers, **(family | fields))
+def _size(family: dict[str, Any], *numbers: int, **fields: Any) -> TransformerConfig:
+    layers, D, N, K, H, F, V = numbers
+    return TransformerConfig(layers, D, N, K, F, V, H, **(family | fields))
 
 
 # A new member of a family is one entry of numbers:     layers, D, N, K, H, F, V

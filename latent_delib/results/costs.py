@@ -3,8 +3,6 @@
 from contextlib import suppress
 from pathlib import Path
 
-import jax
-
 from latent_delib.delib import cost
 from latent_delib.delib.methods import METHODS
 from latent_delib.errors import UserError
@@ -28,7 +26,8 @@ def table(found: Runs) -> Table:
     Controls are left out. GFLOP counts no repeated work. ms is the median step time of
     metrics.jsonl, on the machine that trained.
     """
-    ours = [entry for entry in entries(found) if is_trained(entry) and not is_control(entry)]
+    trained = [each for each in entries(found) if each.model == "augmented" or each.trained]
+    ours = [entry for entry in trained if not is_control(entry)]
     benchmarks: dict[str, None] = {}
     rows: list[Row] = []
     used: list[Result] = []
@@ -38,11 +37,6 @@ def table(found: Runs) -> Table:
         used += entry.results
     columns = ["what", "latents", "from", *COSTS, *AHEAD, *benchmarks]
     return tables.make_table("12_costs", "What every method costs and gains", columns, rows, used)
-
-
-def is_trained(entry: Entry) -> bool:
-    """Tells whether any part of a model was trained by us."""
-    return entry.model == "augmented" or entry.trained
 
 
 def _row(entry: Entry, found: Runs, words: str) -> Row:
@@ -99,9 +93,7 @@ def training_costs(result: Result) -> tuple[int, float] | None:
     if decoder is None or method["name"] not in METHODS:
         return None
     aug = build.augmentation(record, decoder)
-    init = parameters.init_trainable(aug, method.get("lora_rank", 0))
-    begun_from = aug.models.coprocessor.config if record.assistant else decoder
-    trained = jax.eval_shape(init, jax.random.key(0), folder.shapes(begun_from))
+    trained = parameters.shapes_to_train(aug, method.get("lora_rank", 0))
     counted = cost.step_flops(
         aug,
         record["train.batch_size"],

@@ -147,27 +147,18 @@ def _add_score(found: list[Entry], result: Result, row: dict[str, Any]) -> None:
 
     Scores of another decoder, or on other questions of the same name, have an entry of their own.
     """
-    new = Entry([result], row["model"], row.get("delay") or 0, row.get("every") or 0)
-    entry = _place_of(new, found, result, row)
-    if entry is None:
-        entry = new
+    entry = Entry([result], row["model"], row.get("delay") or 0, row.get("every") or 0)
+    alike = [each for each in found if _subject(each) == _subject(entry) and not is_control(each)]
+    # Scores stand beside the first evaluation; further ones have other figures of perplexity.
+    meant = [each for each in alike if each is alike[0] or not each.perplexity]
+    fitting = [each for each in meant if _fits(each, result, row)]
+    if fitting:
+        entry = fitting[0]
+    else:
         found.append(entry)
     if result not in entry.results:
         entry.results.append(result)
     entry.scores.setdefault(row["benchmark"], (row, result))
-
-
-def _place_of(
-    new: Entry, found: list[Entry], result: Result, row: Mapping[str, Any]
-) -> Entry | None:
-    """Returns the entry that a benchmark's row belongs to; None if there is none yet."""
-    alike = [each for each in found if _subject(each) == _subject(new) and not is_control(each)]
-    for entry in alike:
-        # Scores stand beside the first evaluation; further ones have other figures of perplexity.
-        is_meant = entry is alike[0] or not entry.perplexity
-        if is_meant and _fits(entry, result, row):
-            return entry
-    return None
 
 
 def _fits(entry: Entry, result: Result, row: Mapping[str, Any]) -> bool:

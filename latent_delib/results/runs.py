@@ -123,7 +123,9 @@ def find(folders: Sequence[str]) -> Runs:
     losses: dict[Path, list[tuple[int, float]]] = {}
     step_seconds: dict[Path, float] = {}
     for file in found[METRICS].values():
-        rows = _metrics(file)
+        rows = file.read()
+        for number, row in enumerate(rows, 1):
+            _check(f"{file.path}:{number}", row, FIELDS[METRICS])
         losses[file.path.parent] = [(row["step"], row["loss"]) for row in rows]
         seconds = [row["step_seconds"] for row in rows if row.get("step_seconds")]
         if seconds:
@@ -177,14 +179,6 @@ def _check_part(where: str, part: Any, fields: dict[str, Any]) -> None:
     for section in ("sets", "works"):
         for name, inside in (part.get(section) or {}).items():
             _check_part(f"{where}: {section}[{name!r}]", inside, fields)
-
-
-def _metrics(file: File) -> list[dict[str, Any]]:
-    """Returns the rows of a metrics.jsonl."""
-    rows = list(file.read())
-    for number, row in enumerate(rows, 1):
-        _check(f"{file.path}:{number}", row, FIELDS[METRICS])
-    return rows
 
 
 def _check(where: str, data: Any, fields: dict[str, Any]) -> None:

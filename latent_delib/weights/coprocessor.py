@@ -106,7 +106,7 @@ def read_fields(where: Path, step: int | None = None) -> dict[str, Any]:
         )
     for key, kind in FIELDS.items():
         checked(key, fields.get(key), kind, str(where / FILE))
-    found = fields["record"]["step"]
+    found = checked("record.step", fields["record"].get("step"), int, str(where / FILE))
     if step not in (None, found):
         raise UserError(f"{where}: holds the coprocessor of step {found}, not of step {step}")
     return fields

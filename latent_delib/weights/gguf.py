@@ -95,7 +95,7 @@ class _Header:
             return self.number(SCALARS[kind])
         entry, count = self.number("I"), self.number("Q")
         if count > MOST:
-            raise ValueError(f"a list of {count}")
+            raise ValueError(f"a list has {count:,} entries, expected at most {MOST:,}")
         if entry == STRING:
             return [self.string() for _ in range(count)]
         return self.take(SCALARS[entry], count).tolist()

@@ -63,6 +63,8 @@ def write(metadata: Mapping[str, Any], folder: Path, source: str) -> None:
             (folder / "chat_template.jinja").write_text(template, "utf-8")
     except KeyError as error:
         raise UserError(f"{source}: tokenizer.ggml.{error.args[0]} is missing") from None
+    except OSError:  # a full disk
+        raise
     except Exception as error:  # tokenizers raises nothing more special
         raise UserError(
             f"{source}: tokenizer.ggml holds no vocabulary of a known kind: {error}"

@@ -132,7 +132,7 @@ def open_source(where: Path) -> Source:
     for stored, file in _files(where).items():
         name = _text_name(stored)
         if name in places:
-            raise UserError(f"{where}: {stored} and {places[name][1]} are one parameter")
+            raise UserError(f"{where}: {stored} and {places[name][1]} are two names of one tensor")
         places[name] = file, stored
     shapes = {name: file.shapes[stored] for name, (file, stored) in places.items()}
     dtypes = {name: read_dtype(file.dtypes[stored]) for name, (file, stored) in places.items()}

@@ -55,8 +55,8 @@ def check_ours(folder: Path, path: str) -> None:
         )
     if is_theirs(folder):
         raise UserError(
-            f"decoder {path!r}: expected a folder that latent_delib.convert has made from it; "
-            "only load_decoder reads it unconverted"
+            f"decoder {path!r}: is not converted yet; run latent_delib.convert --source={path} "
+            "--out=DIR, and name DIR (only load_decoder reads it as it is)"
         )
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():

@@ -193,7 +193,7 @@ def test_of_a_question_longer_than_a_row_the_end_is_left_out(tmp_path, make_conf
     # Token files of an older version, which cut questions anywhere, are not taken for these.
     del meta["train"][0]["whole"]
     (folder_of_tokens / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(UserError, match="an older version cut the questions of qa:"):
+    with pytest.raises(UserError, match="an older version split questions of qa:"):
         preparation.prepare(make_config(changes), str(folder_of_tokens))
 
 

@@ -243,5 +243,5 @@ def test_decoder_and_coprocessor_swapped(decoder, lm):
 
 def test_a_coprocessor_of_another_decoder(decoder, lm):
     other = dataclasses.replace(decoder, fingerprint="f" * 64)
-    said = "coprocessor belongs to decoder .*, this decoder is ffffffffffff"
+    said = "the coprocessor belongs to the decoder .*; this one has ffffffffffff"
     refused(said, ld.AugmentedLM, other, lm.coprocessor)

@@ -356,7 +356,7 @@ def test_gemma_3_with_vision(hf, tmp_path):
         convert(str(where), str(tmp_path / f"text{i}"))
         assert folder.fingerprint(tmp_path / f"text{i}") == folder.fingerprint(tmp_path / "plain")
     twice = {"language_model.model.norm.weight": tensors["model.norm.weight"]}
-    words = ["language_model.model.norm.weight", "model.norm.weight are one parameter"]
+    words = ["language_model.model.norm.weight", "model.norm.weight are two names of one tensor"]
     refused(hf("gemma3", tensors | twice), tmp_path / "out", *words)
 
 

@@ -89,12 +89,6 @@ def card_family(device: Any) -> str:
     return f"sm_{capability.replace('.', '')}" if capability else device.device_kind
 
 
-def named(device: Any) -> str:
-    """Returns the name of a card, with its family where the two differ: "NVIDIA L4 (sm_89)"."""
-    kind, of_family = device.device_kind, card_family(device)
-    return kind if kind == of_family else f"{kind} ({of_family})"
-
-
 def record_proof(kernel: str, family: str, about: dict[str, str] | None) -> Path:
     """Writes this machine's record of a kernel on a family of cards, and returns its path.
 
@@ -142,8 +136,13 @@ def _fastest(device: Any, config: TransformerConfig, dtype: Any) -> str:
         return BY_PLATFORM.get(device.platform, ("xla",))[0]
     kernel = next((name for name in kernels if is_proven(name, device)), None)
     if kernel is None:
+        kind, family = device.device_kind, card_family(device)
+        card = kind if kind == family else f"{kind} ({family})"
+        remedy = "`python -m benchmarks.chip` proves it"
+        if jax.process_count() > 1:
+            remedy += "; a job of several processes then has to name it in compute.attention"
         names = " or ".join(kernels)
-        _tell(f"attention: {names} is not proven on {named(device)}; using xla instead; {_how()}")
+        _tell(f"attention: {names} is not proven on {card}; using xla instead; {remedy}")
         return "xla"
     # Only the first process could compile for its device. With several processes, a kernel that
     # does not compile raises its error when the job compiles.
@@ -187,14 +186,6 @@ def brief(error: BaseException) -> str:
     """Returns the kind and the first words of an error in one line."""
     words = re.sub(r"\s+", " ", str(error)).strip()
     return f"{type(error).__name__}: {words[:300]}"
-
-
-def _how() -> str:
-    """Tells how a kernel comes into use."""
-    proof = "`python -m benchmarks.chip` proves it"
-    if jax.process_count() > 1:
-        return f"{proof}; a job of several processes then has to name it in compute.attention"
-    return proof
 
 
 @functools.cache

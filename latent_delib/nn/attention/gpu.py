@@ -101,18 +101,13 @@ def backward(
     delta_BMSN = delta_of(out_BMSNH, dout_BMSNH)
     K = own[0].shape[3]
     rows = [by_head(x, K) for x in (q_BMSNH, dout_BMSNH, lse_BMSN, delta_BMSN)]
-    dq = _query_gradient(rows, own, prefix, bounds, options)
+    cut = _cut("query_gradient", rows[0], options.shared_memory)
+    sources = _sources(own, prefix, bounds, rows[0], cut)
+    like_q = jax.ShapeDtypeStruct(rows[0].shape, rows[0].dtype)
+    dq = _call(_query_gradient_kernel, rows, sources, like_q, cut, options)
     down = _own_gradient(rows, own, bounds, options)
     down = jax.tree.map(lambda d, x: d.reshape(x.shape), down, own)
     return dq.reshape(q_BMSNH.shape), down, None
-
-
-def _query_gradient(rows, own, prefix, bounds, options):
-    """Returns dq [B, U, K, G, H]."""
-    cut = _cut("query_gradient", rows[0], options.shared_memory)
-    sources = _sources(own, prefix, bounds, rows[0], cut)
-    outputs = jax.ShapeDtypeStruct(rows[0].shape, rows[0].dtype)
-    return _call(_query_gradient_kernel, rows, sources, outputs, cut, options)
 
 
 def _own_gradient(rows, own, bounds, options):

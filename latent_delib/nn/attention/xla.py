@@ -136,8 +136,8 @@ def backward(
 
     Args:
       q_BMSNH, own, prefix, bounds, options: as for `forward`.
-      out_BMSNH, lse_BMSN: the results of `forward`. A caller that adds up the gradients of several
-        sources gives the results for the keys of all sources.
+      out_BMSNH, lse_BMSN: the results of `forward`. For the own keys alone, pass those for the
+        keys of own group and prefix together: then the gradients are shares of the whole.
       dout_BMSNH: the gradient of the output.
 
     Returns:
