@@ -378,6 +378,8 @@ def get_config(name: str = "lab/overlay") -> ConfigDict:
         raise ValueError(
             f"{name!r}: needs questions with steps; only hops has them: hops/distilled"
         )
+    if name == "plus_minus/latent_tokens":
+        raise ValueError(f"{name!r}: its answers are too short for latents after every 4 tokens")
     size, settings, pretrain, assistant = PROTOCOLS[protocol]
     c = base.get_config()
     c.decoder.architecture = ConfigDict(dataclasses.asdict(SIZES[size]))

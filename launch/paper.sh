@@ -63,6 +63,7 @@ while (($#)) && [[ $1 != -- ]]; do
   case ${1%@*} in
     */pretrain) die "$1: decoders are made automatically, before the experiments that need them" ;;
     lab_gpu/assistant | plus_minus/assistant | b/assistant) die "$1: needs a second decoder of the same vocabulary, and $protocol has none" ;;
+    plus_minus/latent_tokens) die "$1: its answers are too short for latents after every 4 tokens" ;;
     hops/distilled) ;;
     */distilled) die "$1: needs questions with steps; only hops has them: hops/distilled" ;;
   esac

@@ -19,6 +19,8 @@ def test_every_experiment_is_a_config_that_can_run(protocol: str) -> None:
     for name in paper.EXPERIMENTS:
         if name == "distilled" and protocol != "hops":  # it needs questions with steps
             continue
+        if f"{protocol}/{name}" == "plus_minus/latent_tokens":  # its answers are too short
+            continue
         c = paper.get_config(f"{protocol}/{name}")
         if c.decoder.path != "packaged":
             c.decoder.path, c.decoder.tokenizer = "", "packaged"
@@ -77,6 +79,11 @@ def test_a_row_says_all_that_an_experiment_changes() -> None:
     assert paper.get_config("lab/half").method.coprocessor.num_layers == 1
     start = paper.get_config("lab/adapt_coprocessor").method.start
     assert start == "runs/paper/lab/overlay@0/checkpoints/8000"
+
+
+def test_latents_after_every_4_tokens_need_longer_answers() -> None:
+    with pytest.raises(ValueError, match="too short"):
+        paper.get_config("plus_minus/latent_tokens")
 
 
 @pytest.mark.parametrize("name", ["overlay", "lab/nothing", "c/overlay", ""])

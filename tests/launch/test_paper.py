@@ -371,6 +371,8 @@ def test_more_arguments_are_of_the_config(here: Path) -> None:
         ("problems/overlay@x", "a number"),
         ("lab/overlay@", "a number"),
         ("b/assistant", "second decoder"),
+        ("plus_minus/assistant", "second decoder"),
+        ("plus_minus/latent_tokens", "too short"),
         ("lab/distilled@1", "hops/distilled"),
     ],
 )

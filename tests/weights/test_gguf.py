@@ -250,11 +250,11 @@ def start(tensors=0, keys=0, version=3):
         (start(keys=1) + header(("Q", 2**62)) + bytes(64), ["truncated"]),
         (
             start(keys=1) + header("key", ("I", 9), ("I", 5), ("Q", 2**60)) + bytes(64),
-            [f"list of {2**60}"],
+            [f"a list has {2**60:,} entries"],
         ),
         (
             start(keys=1) + header("key", ("I", 9), ("I", 8), ("Q", 2**60)) + bytes(64),
-            [f"list of {2**60}"],
+            [f"a list has {2**60:,} entries"],
         ),
         (
             start(keys=1) + header("key", ("I", 9), ("I", 8), ("Q", 2**20)) + bytes(64),

@@ -34,7 +34,7 @@ def test_a_folder_of_hugging_face_s(hf, tmp_path, family):
 
 def test_decoders_that_cannot_be_loaded(hf):
     theirs = hf("llama")
-    with pytest.raises(ld.UserError, match="expected a folder that latent_delib.convert has made"):
+    with pytest.raises(ld.UserError, match="is not converted yet; run latent_delib.convert"):
         locate.find_decoder(str(theirs))  # as training does
     with pytest.raises(ld.UserError, match="config.json': is a file; expected a decoder folder"):
         locate.find_decoder(str(theirs / "config.json"))
