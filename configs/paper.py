@@ -37,7 +37,6 @@ FAR = PROBLEMS | {  # made by tools.make_problems --kinds=follow,far
     "method.num_ahead": 10,  # the whole answer
     "train.steps": 12_000,
     "train.checkpoint_every": 3000,
-    "train.keep_every": 3000,
 }
 QUESTIONS = PROBLEMS | {  # made by tools.make_questions
     "data.sources": ("qa:runs/questions/countdown.train.jsonl",),
@@ -49,7 +48,6 @@ QUESTIONS = PROBLEMS | {  # made by tools.make_questions
     "method.num_ahead": 12,  # the whole answer
     "train.steps": 1200,
     "train.checkpoint_every": 400,
-    "train.keep_every": 400,
     "train.validate_every": 400,
 }
 HOPS = QUESTIONS | {
@@ -62,7 +60,6 @@ HOPS = QUESTIONS | {
     "method.num_ahead": 8,  # the whole answer, and its line break
     "train.steps": 6000,
     "train.checkpoint_every": 1000,
-    "train.keep_every": 1000,
     "train.validate_every": 1000,
 }
 PLUS_MINUS = {  # made by tools.make_questions; two CPU cores
@@ -79,7 +76,6 @@ PLUS_MINUS = {  # made by tools.make_questions; two CPU cores
     "train.steps": 600,
     "train.batch_size": 2,
     "train.checkpoint_every": 300,
-    "train.keep_every": 300,
     "train.validate_every": 150,
     "compute.dtype": "float32",
     "compute.remat": "none",
@@ -100,7 +96,6 @@ GPU = {
     "train.steps": 4300,
     "train.batch_size": 16,
     "train.checkpoint_every": 430,
-    "train.keep_every": 430,
     "evaluate.max_length": 512,
     "evaluate.max_pieces": 400,
     "evaluate.max_positions": 64,
@@ -119,7 +114,6 @@ LAB = MUON | {  # two CPU cores
     "train.steps": 8000,  # 16 M predicted tokens: 100 for each parameter, as in the paper
     "train.batch_size": 8,
     "train.checkpoint_every": 1000,
-    "train.keep_every": 1000,  # all are kept, for the learning curve
     "compute.cpu_devices": 2,
     "compute.dtype": "float32",
     "compute.remat": "dots",
@@ -143,7 +137,6 @@ LAB_GPU = MUON | {  # one GPU; the laboratory's optimizer and proportions
     "train.steps": 93_000,  # 3.0 G predicted tokens
     "train.batch_size": 64,
     "train.checkpoint_every": 9300,
-    "train.keep_every": 9300,
     "evaluate.max_pieces": 2000,
 }
 PRETRAIN_LAB = {
@@ -157,25 +150,23 @@ PRETRAIN_LAB = {
     "train.keep_every": 10_000,
     "compute.cpu_devices": 1,
 }
-PRETRAIN_PROBLEMS = {
+FURTHER = {  # the packaged decoder is trained further; questions are learned too
     "decoder.path": "packaged",
-    "method.prompt_end": "",  # questions are learned too
+    "method.prompt_end": "",
+}
+PRETRAIN_PROBLEMS = FURTHER | {
     "data.sources": (*MIXTURE["data.sources"], *PROBLEMS["data.sources"]),
     "data.weights": (1.0, 1.0),
     "data.validation": (*MIXTURE["data.validation"], *PROBLEMS["data.validation"]),
     "train.steps": 10_000,
 }
-PRETRAIN_DEPTH = {
-    "decoder.path": "packaged",
-    "method.prompt_end": "",  # questions are learned too
+PRETRAIN_DEPTH = FURTHER | {
     "data.sources": ("files:runs/follow/text/train/follow.txt",),
     "data.validation": ("files:runs/follow/text/test/follow.txt",),
     "data.token_files": "runs/paper/depth/tokens",
     "train.steps": 20_000,
 }
-PRETRAIN_QUESTIONS = {
-    "decoder.path": "packaged",
-    "method.prompt_end": "",  # questions are learned too
+PRETRAIN_QUESTIONS = FURTHER | {
     # Stopped early: for a decoder near its plateau, latents learn little in so few steps.
     "optimizer.final_fraction": 1.0,
     "train.steps": 1500,
@@ -183,8 +174,6 @@ PRETRAIN_QUESTIONS = {
     "train.validate_every": 500,
 }
 PRETRAIN_HOPS = HOPS_WRITTEN | {
-    "decoder.path": "packaged",
-    "method.prompt_end": "",  # questions are learned too
     "train.steps": 3000,
     "train.checkpoint_every": 1000,
     "train.validate_every": 1000,
@@ -226,7 +215,6 @@ def smaller_lab(name: str, size: str, steps: int, pretrain_steps: int) -> Protoc
         "data.token_files": "runs/paper/lab/tokens",
         "train.steps": steps,
         "train.checkpoint_every": steps // 4,
-        "train.keep_every": steps // 4,
     }
     pretrain = {"train.steps": pretrain_steps, "train.checkpoint_every": 1000}
     return Protocol(size, LAB | MIXTURE | settings, PRETRAIN_LAB | pretrain)
@@ -257,7 +245,7 @@ PROTOCOLS = {
     "questions": Protocol("gemma2_160k", LAB | QUESTIONS, PRETRAIN_LAB | PRETRAIN_QUESTIONS),
     # Latents instead of steps: the packaged decoder learns to answer in written steps. Then each
     # experiment learns to answer at once. The decoder that has read the steps teaches `distilled`.
-    "hops": Protocol("gemma2_160k", LAB | HOPS, PRETRAIN_LAB | PRETRAIN_HOPS),
+    "hops": Protocol("gemma2_160k", LAB | HOPS, PRETRAIN_LAB | FURTHER | PRETRAIN_HOPS),
     # A real decoder: SmolLM2-135M as it was published. Nothing but the coprocessor is trained.
     "plus_minus": Protocol("smollm2_135m", PLUS_MINUS),
     # SmolLM2-135M on the mixture, which is not what it was pretrained on; one GPU.
@@ -275,7 +263,6 @@ TASKS = {  # made by tools.make_tasks; these steps see each problem a few times
     "optimizer.warmup_steps": 50,
     "train.steps": 300,
     "train.checkpoint_every": 60,
-    "train.keep_every": 60,
 }
 # Experiment -> what differs from `overlay`.
 EXPERIMENTS = {  # launch/paper.sh reads the names from these lines
@@ -396,6 +383,8 @@ def get_config(name: str = "lab/overlay") -> ConfigDict:
         if isinstance(value, str):
             value = value.format(protocol=protocol, steps=steps, assistant=assistant)
         c.update_from_flattened_dict({key: value})
+    if "train.keep_every" not in settings | row:  # all are kept, for the learning curve
+        c.train.keep_every = c.train.checkpoint_every
     layers = c.decoder.architecture.num_layers
     if experiment == "half":
         c.method.coprocessor = ConfigDict({"num_layers": layers // 2})

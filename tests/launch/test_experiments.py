@@ -70,12 +70,13 @@ def test_a_row_says_all_that_an_experiment_changes() -> None:
         changed = {key for key in c if c[key] != overlay.get(key)}
         if name == "pretrain":
             changed -= paper.PROTOCOLS["lab"].pretrain.keys()
-        assert changed <= row.keys() | {"method.coprocessor.num_layers"}, name
+        assert changed <= row.keys() | {"method.coprocessor.num_layers", "train.keep_every"}, name
         assert name in ("overlay", "pretrain") or changed
     of_base, overlay = flat(base.get_config()), flat(paper.get_config("lab/overlay"))
     settings = paper.PROTOCOLS["lab"].settings
     changed = {key for key in of_base if of_base[key] != overlay[key]}
-    assert changed <= settings.keys() | {"method.placement", "data.token_files"}
+    derived = {"method.placement", "data.token_files", "train.keep_every"}
+    assert changed <= settings.keys() | derived
     assert paper.get_config("lab/half").method.coprocessor.num_layers == 1
     start = paper.get_config("lab/adapt_coprocessor").method.start
     assert start == "runs/paper/lab/overlay@0/checkpoints/8000"
