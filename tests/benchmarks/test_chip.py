@@ -331,8 +331,8 @@ def test_a_form_that_is_wrong_does_not_agree(monkeypatch):
     layout = chip_proof.SMALL["traces"]
     right = chip_proof.passes
 
-    def wrong(form, softcap):
-        return right("reference", softcap) if form == "reference" else right("xla", 0.0)
+    def wrong(form, softcap, memory):
+        return right(form, softcap, memory) if form == "reference" else right("xla", 0.0, memory)
 
     monkeypatch.setattr(chip_proof, "passes", wrong)
     row = chip_proof.compare("pallas_gpu", "float32", 16, layout)

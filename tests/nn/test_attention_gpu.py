@@ -4,164 +4,81 @@ import importlib.util
 import re
 from functools import partial
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from benchmarks import memory
-from latent_delib.nn.attention import cards, forms, gpu, primitive
+from benchmarks import chip_proof, memory
+from benchmarks.chip_proof import Layout
+from latent_delib.nn.attention import cards, forms, gpu
 from latent_delib.nn.attention.cards import A100, H100, L4
-from latent_delib.nn.attention.primitive import Bounds, within_window
+from latent_delib.nn.attention.primitive import Bounds
 
-BAIT = 3  # so many slots at either end of the prefix are outside every bound
-B, K = 2, 2
+BF16, F32 = jnp.bfloat16, jnp.float32
 
-
-class Case(NamedTuple):
-    """M groups of S tokens over T slots, or none; a float32 block has 32 rows and 32 keys."""
-
-    H: int = 64
-    G: int = 2
-    M: int = 7
-    S: int = 11
-    T: int | None = 90
-    softcap: float = 0.0
-    window: int | None = None
-    unsorted: bool = False
-
-
-# One program each, and the bounds to run it with: they are data.
-CASES = {
-    "in any order, and in a window": (Case(), [dict(), dict(unsorted=True), dict(window=20)]),
+# Head dim, and groups of tokens over text or over none; a float32 block has 32 rows and 32 keys.
+LAYOUTS = {
+    "in any order": (64, Layout(M=7, S=11, T=90, G=2)),
     "one token a group, softcap too high to do without a maximum": (
-        Case(H=16, G=4, M=40, S=1, softcap=100.0),
-        [dict(), dict(unsorted=True)],
+        16,
+        Layout(M=40, S=1, T=90, G=4, softcap=100.0),
     ),
-    "head dim 256": (Case(H=256, G=1, M=3, softcap=2.0), [dict()]),
-    "whole blocks": (Case(H=16, G=8, M=4, S=16, T=128), [dict(), dict(window=20)]),
-    "a group of many blocks": (Case(H=128, G=3, M=2, S=75, T=40, softcap=2.0), [dict()]),
-    "text": (Case(H=32, M=1, S=150, T=None, softcap=2.0), [dict(), dict(window=40)]),
-    "groups without a prefix": (Case(H=16, T=None), [dict()]),
+    "head dim 256": (256, Layout(M=3, S=11, T=90, G=1, softcap=2.0)),
+    "whole blocks": (16, Layout(M=4, S=16, T=128, G=8)),
+    "a group of many blocks": (128, Layout(M=2, S=75, T=40, G=3, softcap=2.0)),
+    "text": (32, Layout(M=1, S=150, T=0, G=2, softcap=2.0)),
+    "groups without a prefix": (16, Layout(M=7, S=11, T=0, G=2)),
 }
 
 
-def bounds_of(case: Case) -> Bounds:
-    """Two documents per row; groups at random positions, the first of them with an empty range.
+@pytest.mark.parametrize("H, layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_equals_the_reference(H, layout):
+    """The kernel is interpreted, where no GPU is."""
+    found = chip_proof.compare("pallas_gpu", "float32", H, layout)
+    assert chip_proof.within(found["errors"], (1e-5, 1e-5)), found
 
-    Without a prefix each group is text of two documents.
-    """
-    draw = np.random.default_rng(1)
-    M, S, T = case.M, case.S, case.T
-    own = np.broadcast_to(np.arange(S), (B, M, S))
-    if T is None:
-        middle = draw.integers(0, S, (B, M, 1))
-        own_start = np.where(own >= middle, middle, 0)
-        prefix_start, prefix_stop, position, slots = (
-            np.zeros_like(own),
-            np.zeros_like(own),
-            own - own_start,
-            None,
-        )
-    else:
-        middle = draw.integers(T // 3, T // 2, (B, 1))
-        at = draw.integers(BAIT, T - BAIT, (B, M))
-        at = at if case.unsorted else np.sort(at, axis=1)
-        start = np.where(at >= middle, middle, BAIT)
-        at[:, 0] = start[:, 0]
-        own_start = np.minimum(own, draw.integers(0, 3, own.shape))
-        prefix_start, prefix_stop = (np.broadcast_to(x[..., None], own.shape) for x in (start, at))
-        position = (at - start)[..., None] + own
-        slots = jnp.arange(T) - jnp.where(jnp.arange(T) >= middle, middle, BAIT)
-    bounds = Bounds(*(jnp.array(x, jnp.int32) for x in (prefix_start, prefix_stop, own_start)))
-    return (
-        bounds
-        if case.window is None
-        else within_window(bounds, jnp.array(position), slots, case.window)
+
+def test_scores_at_a_high_softcap_do_not_overflow():
+    layout = Layout(M=3, S=5, T=30, G=2)
+    (q, k, v, prefix), dout = chip_proof.operands(layout, 64)
+    arguments = (100 * q, k, v), (prefix, chip_proof.bounds_of(layout)), dout
+    out, wanted = (
+        chip_proof.passes(form, 100.0, L4)(*arguments)[0] for form in ("pallas_gpu", "reference")
     )
+    assert chip_proof.errors(out, wanted)[1] < 1e-5
 
 
-def inputs(case: Case, dtype=jnp.float32):
-    """Draws q, k, v and prefix: positive queries, so that the bait's keys score highest."""
-    keys = jax.random.split(jax.random.key(0), 5)
-    q = jnp.abs(jax.random.normal(keys[0], (B, case.M, case.S, K * case.G, case.H), dtype))
-    k, v = (jax.random.normal(key, (B, case.M, case.S, K, case.H), dtype) for key in keys[1:3])
-    if case.T is None:
-        return q, k, v, None
-    prefix = (jax.random.normal(key, (B, case.T, K, case.H), dtype) for key in keys[3:])
-    ends = np.r_[:BAIT, case.T - BAIT : case.T]
-    return q, k, v, tuple(x.at[:, ends].set(bait) for x, bait in zip(prefix, (1e3, 1e6)))
-
-
-@partial(jax.jit, static_argnums=(0, 3))
-def out_and_grads(attend, arrays, bounds, softcap):
-    """The output, and gradients of q, k and v."""
-
-    def total(own):
-        out = attend(*own, arrays[3], bounds, scale=arrays[0].shape[-1] ** -0.5, softcap=softcap)
-        return jnp.sum(
-            out * jnp.cos(jnp.arange(out.size).reshape(out.shape)).astype(out.dtype)
-        ), out
-
-    grads, out = jax.grad(total, has_aux=True)(arrays[:3])
-    return out, grads
-
-
-KERNEL = partial(forms.attend, form="pallas_gpu")  # interpreted, where no GPU is
-
-
-def close(x, wanted, within):
-    """No element is further off than `within` of the largest."""
-    x, wanted = np.asarray(x, np.float32), np.asarray(wanted, np.float32)
-    np.testing.assert_allclose(x, wanted, rtol=0, atol=within * np.abs(wanted).max())
-
-
-@pytest.mark.parametrize("case, variants", CASES.values(), ids=CASES)
-def test_equals_the_reference(case, variants):
-    arrays = inputs(case)
-    for variant in variants:
-        bounds = bounds_of(case._replace(**variant))
-        out, grads = out_and_grads(KERNEL, arrays, bounds, case.softcap)
-        expected, expected_grads = out_and_grads(primitive.attend, arrays, bounds, case.softcap)
-        close(out, expected, 1e-5)
-        for got, wanted in zip(grads, expected_grads):
-            close(got, wanted, 1e-5)
-
-
-WIDE = Case(H=256, M=5, S=30, T=150)
+WIDE = 256, Layout(M=5, S=30, T=150, G=2)
 
 
 @pytest.mark.parametrize(
-    "case, card",
+    "H, layout, card",
     [
-        (Case(H=64, M=9, S=20, T=200, softcap=50.0), L4),
-        (WIDE, H100),
-        pytest.param(WIDE, A100, marks=pytest.mark.slow),  # other blocks, the same kernel
-        pytest.param(WIDE, L4, marks=pytest.mark.slow),
+        (64, Layout(M=9, S=20, T=200, G=2, softcap=50.0), L4),
+        (*WIDE, H100),
+        pytest.param(*WIDE, A100, marks=pytest.mark.slow),  # other blocks, the same kernel
+        pytest.param(*WIDE, L4, marks=pytest.mark.slow),
     ],
 )
-def test_bfloat16_stays_near_float32(case, card):
-    """With the blocks of bfloat16. The reference rounds as it likes: float32 decides."""
-    arrays, bounds = inputs(case, jnp.bfloat16), bounds_of(case)
-    exact, exact_grads = out_and_grads(
-        primitive.attend,
-        jax.tree.map(lambda x: x.astype(jnp.float32), arrays),
-        bounds,
-        case.softcap,
-    )
-    out, grads = out_and_grads(partial(KERNEL, shared_memory=card), arrays, bounds, case.softcap)
-    close(out, exact, 2**-7)
-    for got, x, wanted in zip(grads, arrays, exact_grads):
-        assert got.dtype == x.dtype
-        close(got, wanted, 2**-6)
+def test_bfloat16_stays_near_float32(H, layout, card):
+    """With the blocks of bfloat16."""
+    found = chip_proof.compare("pallas_gpu", "bfloat16", H, layout, shared_memory=card)
+    assert chip_proof.within(found["errors"], (2**-7, 2**-6)), found
+
+
+def operands(H, dtype):
+    """Operands of both passes: 256 tokens of two rows each."""
+    layout = Layout(M=16, S=16, T=90, G=2)
+    arrays, dout = jax.tree.map(lambda x: x.astype(dtype), chip_proof.operands(layout, H))
+    return arrays[:3], (arrays[3], chip_proof.bounds_of(layout)), dout
 
 
 def test_a_policy_can_save_what_the_backward_pass_needs(capsys):
-    (q, k, v, prefix), bounds = inputs(Case()), bounds_of(Case())
+    (q, k, v), (prefix, bounds), _ = operands(64, F32)
     policy = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
-    attend = jax.checkpoint(partial(KERNEL, scale=1.0, softcap=0.0), policy=policy)
+    kernel = partial(forms.attend, form="pallas_gpu", scale=1.0, softcap=0.0)
+    attend = jax.checkpoint(kernel, policy=policy)
     jax.ad_checkpoint.print_saved_residuals(lambda q: attend(2 * q, k, v, prefix, bounds), q)
     saved = capsys.readouterr().out
     assert "named 'attention_out'" in saved and "named 'attention_lse'" in saved
@@ -190,9 +107,6 @@ def test_shared_memory_of_a_card(platform, capability, found):
     )
 
 
-BF16, F32 = jnp.bfloat16, jnp.float32
-
-
 @pytest.mark.parametrize(
     # each: programs, warps, stages
     "dtype, H, softcap, card, forward, query_gradient, own_gradient",
@@ -206,15 +120,13 @@ BF16, F32 = jnp.bfloat16, jnp.float32
 def test_lowers_with_the_blocks_of_the_card(
     dtype, H, softcap, card, forward, query_gradient, own_gradient
 ):
-    """256 tokens of two rows each."""
-    case = Case(H=H, M=16, S=16)
     gpu = jax.sharding.AbstractDevice(
         device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu"
     )
     mesh = jax.sharding.AbstractMesh((1,), ("device",), abstract_device=gpu)
-    arrays, bounds = inputs(case, dtype), bounds_of(case)
+    arguments = operands(H, dtype)
     with jax.sharding.use_abstract_mesh(mesh):
-        traced = out_and_grads.trace(partial(KERNEL, shared_memory=card), arrays, bounds, softcap)
+        traced = chip_proof.passes("pallas_gpu", softcap, card).trace(*arguments)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@__gpu$xla.gpu.triton(") == 3
     calls = (
@@ -236,17 +148,12 @@ def test_lowers_for_every_architecture(name):
     if name == "rtx5090":  # of sm_120 jax 0.12 knows professional cards alone
         kind = "NVIDIA RTX PRO 6000"
     abstract = jax.sharding.AbstractDevice(device_kind=kind, num_cores=card.cores, platform="gpu")
-    case = Case(H=256, M=16, S=16)
-    attend = partial(KERNEL, shared_memory=cards.shared_memory_of(device))
-    arrays, bounds = inputs(case, BF16), bounds_of(case)  # inside, jax 0.12 computes nothing
-    with jax.sharding.use_abstract_mesh(
-        jax.sharding.AbstractMesh((1,), ("device",), abstract_device=abstract)
-    ):
-        traced = out_and_grads.trace(attend, arrays, bounds, 50.0)
-        assert (
-            traced.lower(lowering_platforms=("cuda",)).as_text().count("@__gpu$xla.gpu.triton(")
-            == 3
-        )
+    mesh = jax.sharding.AbstractMesh((1,), ("device",), abstract_device=abstract)
+    both = chip_proof.passes("pallas_gpu", 50.0, cards.shared_memory_of(device))
+    arguments = operands(256, BF16)  # inside, jax 0.12 computes nothing
+    with jax.sharding.use_abstract_mesh(mesh):
+        text = both.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@__gpu$xla.gpu.triton(") == 3
 
 
 # Bytes of shared memory that XLA asked for (jax 0.10.2), by kernel, bytes of an operand, head dim
@@ -307,7 +214,8 @@ def test_compiles_for_cards_that_are_not_there(card, H, dtype):
         array(shape, dtype) for shape in ((1, 128, 31, 8, H), (1, 128, 31, 4, H), (1, 2048, 4, H))
     )
     bounds = Bounds(*[array((1, 128, 31), jnp.int32)] * 3)
-    attend = partial(KERNEL, shared_memory=cards.shared_memory_of(one.mesh.devices.flat[0]))
+    memory_of_card = cards.shared_memory_of(one.mesh.devices.flat[0])
+    both = chip_proof.passes("pallas_gpu", 50.0, memory_of_card)
     with jax.sharding.use_abstract_mesh(one.mesh.abstract_mesh):  # jax 0.12 asks for its devices
-        lowered = out_and_grads.lower(attend, (q, k, k, (prefix, prefix)), bounds, 50.0)
+        lowered = both.lower((q, k, k), ((prefix, prefix), bounds), q)
     lowered.compile()

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import small
 
+from benchmarks import chip_proof
+from benchmarks.chip_proof import Layout
 from latent_delib.errors import UserError
 from latent_delib.nn.attention import choice, forms, primitive, tokamax_gpu
-from latent_delib.nn.attention.primitive import Bounds, within_window
 from latent_delib.nn.products import softcapped
 
 needs_tokamax = pytest.mark.skipif(
@@ -78,59 +79,18 @@ def test_what_it_does_not_serve_is_named():
 # -- equality with the reference
 
 
-class Case(NamedTuple):
-    """M groups of S tokens over T slots, or over none."""
-
-    M: int = 7
-    S: int = 11
-    T: int | None = 90
-    G: int = 2
-    softcap: float = 0.0
-    window: int | None = None
-
-
-CASES = {
-    "several groups per sequence": Case(),
-    "softcap": Case(softcap=2.0),
-    "window": Case(softcap=50.0, window=20),
-    "a group longer than a block": Case(M=2, S=150, T=40, G=1),
-    "text": Case(M=1, S=150, T=None, softcap=2.0),
-    "text in a window": Case(M=1, S=150, T=None, G=4, window=40),
+LAYOUTS = {
+    "several groups per sequence": Layout(M=7, S=11, T=90, G=2),
+    "softcap": Layout(M=7, S=11, T=90, G=2, softcap=2.0),
+    "a group longer than a block": Layout(M=2, S=150, T=40, G=1),
+    "text": Layout(M=1, S=150, T=0, G=2, softcap=2.0),
 }
-B, K, H = 2, 2, 64
-BAIT = 3  # so many slots at either end of the prefix are outside every bound
 
 
-def inputs(case):
-    """Random operands and bounds in two documents per row; the first group sees no prefix. Slots
-    that nobody sees hold bait: enormous scores, unmistakable values.
-    """
-    draw = np.random.default_rng(0)
-
-    def normal(*shape):
-        return jnp.asarray(draw.standard_normal(shape), jnp.float32)
-
-    M, S, T = case.M, case.S, case.T
-    q, dout = jnp.abs(normal(B, M, S, K * case.G, H)), normal(B, M, S, K * case.G, H)
-    own = normal(B, M, S, K, H), normal(B, M, S, K, H)
-    index = np.broadcast_to(np.arange(S), (B, M, S))
-    middle = draw.integers(0, S, (B, M, 1))
-    own_start = np.where(index >= middle, middle, 0)
-    start = stop = np.zeros_like(index)
-    prefix = position = None
-    if T:
-        at = np.sort(draw.integers(BAIT, T - BAIT, (B, M)), axis=1)
-        middle = T // 3
-        begin = np.where(at >= middle, middle, BAIT)
-        at[:, 0] = begin[:, 0]
-        start, stop = (np.broadcast_to(x[..., None], index.shape) for x in (begin, at))
-        position = jnp.arange(T)[None] * jnp.ones((B, 1), jnp.int32)
-        ends = np.r_[:BAIT, T - BAIT : T]
-        prefix = normal(B, T, K, H).at[:, ends].set(1e3), normal(B, T, K, H).at[:, ends].set(1e6)
-    bounds = Bounds(*(jnp.asarray(x, jnp.int32) for x in (start, stop, own_start)))
-    if case.window:
-        bounds = within_window(bounds, jnp.asarray(stop + index), position, case.window)
-    return (q, own, prefix), bounds, dout
+def inputs(layout, **changes):
+    """Returns operands, bounds and the output's gradient. The head dim is 64."""
+    (q, k, v, prefix), dout = chip_proof.operands(layout, 64)
+    return (q, (k, v), prefix), chip_proof.bounds_of(layout, **changes), dout
 
 
 @partial(jax.jit, static_argnums=(0, 4))
@@ -138,7 +98,7 @@ def out_and_gradients(attend, operands, bounds, dout, softcap):
     """The output, and gradients of all operands."""
 
     def call(q, own, prefix):
-        return attend(q, *own, prefix, bounds, scale=0.3, softcap=softcap)
+        return attend(q, *own, prefix, bounds, scale=2.0, softcap=softcap)
 
     out, pull = jax.vjp(call, *operands)
     return out, pull(dout)
@@ -179,13 +139,14 @@ def on_a_cpu(monkeypatch):
 
 
 @needs_tokamax
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_equals_the_reference(case, on_a_cpu):
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_equals_the_reference(layout, window, on_a_cpu):
     """The prefix's gradient too, which no kernel of ours gives."""
-    operands, bounds, dout = inputs(case)
+    operands, bounds, dout = inputs(layout, window=window)
     form = partial(forms.attend, form="tokamax_gpu")
-    found = out_and_gradients(form, operands, bounds, dout, case.softcap)
-    wanted = out_and_gradients(primitive.attend, operands, bounds, dout, case.softcap)
+    found = out_and_gradients(form, operands, bounds, dout, layout.softcap)
+    wanted = out_and_gradients(primitive.attend, operands, bounds, dout, layout.softcap)
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * float(jnp.abs(y).max()))
 
@@ -201,7 +162,8 @@ def test_lowers_for_cards_that_are_not_there(device, monkeypatch):
 
     monkeypatch.setattr(backend, "get_default_device", lambda: device)
     operands, bounds, dout = jax.tree.map(
-        lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x, inputs(Case(G=1))
+        lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x,
+        inputs(Layout(M=7, S=11, T=90, G=1)),
     )
     abstract = jax.sharding.AbstractDevice(
         device_kind=device.device_kind, num_cores=device.core_count, platform="gpu"
@@ -216,7 +178,7 @@ def test_lowers_for_cards_that_are_not_there(device, monkeypatch):
 
 @needs_tokamax
 def test_a_cpu_is_refused():
-    operands, bounds, _ = inputs(Case())
+    operands, bounds, _ = inputs(LAYOUTS["softcap"])
     q, own, prefix = jax.tree.map(lambda x: x.astype(jnp.bfloat16), operands)
     with pytest.raises(NotImplementedError, match="Not supported on cpu"):
         forms.attend(q, *own, prefix, bounds, scale=1.0, softcap=0.0, form="tokamax_gpu")

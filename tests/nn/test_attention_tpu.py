@@ -1,147 +1,45 @@
-"""The TPU's kernel without one: interpreted, against `attend`; lowered, and compiled.
-
-Interpreted in float32 it equals the reference to 1e-5 in its output and all gradients. Every prefix
-has bait: slots outside every bound, whose keys score higher than anything and whose values are
-unmistakable.
-"""
+"""The TPU's kernel without one: interpreted, against the reference; lowered, and compiled."""
 
 import importlib.util
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from latent_delib.nn.attention import forms, primitive, tpu
-from latent_delib.nn.attention.primitive import Bounds, within_window
-
-B, K = 2, 2
-
-
-class Case(NamedTuple):
-    """M groups of S tokens after T of text in two documents; order: of the groups' places."""
-
-    H: int = 64
-    G: int = 1
-    softcap: float = 0.0
-    M: int = 3
-    S: int = 5
-    T: int = 0
-    window: int | None = None
-    order: str = "sorted"
-
-
-# One program each, and the bounds to run it with: they are data.
-CASES = {
-    "plain, and empty prefix ranges": (Case(T=40), [dict(), dict(order="first")]),
-    "three blocks of prefix": (
-        Case(H=128, G=2, M=60, T=600, softcap=5.0),
-        [dict(), dict(order="unsorted")],
-    ),
-    "window": (Case(H=256, G=4, T=300, softcap=5.0), [dict(window=30), dict(order="first")]),
-    "groups across blocks": (Case(G=2, M=40, S=9, T=300, softcap=5.0), [dict(), dict(window=3)]),
-    "one token": (Case(G=4, M=1, S=1, T=300), [dict()]),
-    "one token, nothing else": (Case(G=2, M=1, S=1), [dict()]),
-    "three heads a key head": (Case(G=3, M=30, S=7, T=20), [dict(window=4)]),
-    "text": (Case(H=128, G=2, M=1, S=600, softcap=5.0), [dict(), dict(window=100)]),
-    "groups alone": (Case(H=128, G=8), [dict()]),
-}
-
-
-def bounds_of(case: Case) -> Bounds:
-    """Rows differ: in where the second document starts and in where the groups are."""
-    rng = np.random.default_rng(0)
-    zero = np.zeros((B, case.M, case.S), np.int32)
-    if not case.T:  # a text, or groups without any: documents, too
-        cut = np.array([case.S // 2, case.S // 3])[:, None, None]
-        own = np.arange(case.S)
-        start = zero + np.where(own >= cut, cut, 0)
-        bounds = Bounds(*(jnp.array(x, jnp.int32) for x in (zero, zero, start)))
-        return (
-            within_window(bounds, jnp.array(own - start), None, case.window)
-            if case.window
-            else bounds
-        )
-    cut = np.array([case.T // 2, case.T // 3])[:, None]
-    at = np.sort(
-        np.stack(
-            [
-                rng.choice(np.arange(1, case.T - 1), case.M, replace=case.M > case.T)
-                for _ in range(B)
-            ]
-        )
-    )
-    if case.order == "unsorted":
-        at = rng.permuted(at, axis=1)
-    start = np.where(at >= cut, cut, 1)  # no document holds slot 0
-    stop = at + 1 if case.order != "first" else np.where(np.arange(case.M) % 2, at + 1, start)
-    bounds = Bounds(
-        *(jnp.array(x[..., None] + zero, jnp.int32) for x in (start, stop)), jnp.array(zero)
-    )
-    if case.window is None:
-        return bounds
-    position = (at - start + 1)[..., None] + np.arange(case.S)
-    slot = np.arange(case.T)
-    prefix_position = np.where(slot >= cut, slot - cut, slot - 1)
-    return within_window(bounds, jnp.array(position), jnp.array(prefix_position), case.window)
-
-
-def inputs(case: Case, bounds: Bounds, dtype=jnp.float32):
-    keys = jax.random.split(jax.random.key(0), 6)
-    q = jnp.abs(jax.random.normal(keys[0], (B, case.M, case.S, K * case.G, case.H))) + 0.1
-    k, v = (jax.random.normal(key, (B, case.M, case.S, K, case.H)) for key in keys[1:3])
-    cotangent = jax.random.normal(keys[3], q.shape)
-    prefix = None
-    if case.T:
-        slot = np.arange(case.T)
-        seen = (slot >= bounds.prefix_start[..., None]) & (slot < bounds.prefix_stop[..., None])
-        bait = ~seen.any((1, 2))[..., None, None]
-        assert bait.any()
-        prefix = tuple(
-            jnp.where(bait, loud, jax.random.normal(key, (B, case.T, K, case.H)))
-            for key, loud in zip(keys[4:], (1e2, 1e6))
-        )
-    return jax.tree.map(lambda x: x.astype(dtype), (q, k, v, prefix, cotangent))
-
-
-def out_and_grads(attend, bounds, softcap, q, k, v, prefix, cotangent):
-    def run(q, k, v):
-        return attend(q, k, v, prefix, bounds, scale=q.shape[-1] ** -0.5, softcap=softcap)
-
-    out, vjp = jax.vjp(run, q, k, v)
-    return out, vjp(cotangent)
-
+from benchmarks import chip_proof
+from benchmarks.attention import both_passes
+from benchmarks.chip_proof import Layout
+from latent_delib.nn.attention import forms, tpu
+from latent_delib.nn.attention.primitive import Bounds
 
 kernel = partial(forms.attend, form="pallas_tpu")  # interpreted, where no TPU is
 
+# Head dim, and groups of tokens over text or over none.
+LAYOUTS = {
+    "plain": (64, Layout(M=3, S=5, T=40, G=1)),
+    "three blocks of prefix": (128, Layout(M=60, S=5, T=600, G=2, softcap=5.0)),
+    "head dim 256": (256, Layout(M=3, S=5, T=300, G=4, softcap=5.0)),
+    "groups across blocks": (64, Layout(M=40, S=9, T=300, G=2, softcap=5.0)),
+    "one token": (64, Layout(M=1, S=1, T=300, G=4)),
+    "two tokens, nothing else": (64, Layout(M=1, S=2, T=0, G=2)),
+    "three heads a key head": (64, Layout(M=30, S=7, T=20, G=3)),
+    "text": (128, Layout(M=1, S=600, T=0, G=2, softcap=5.0)),
+    "groups alone": (128, Layout(M=3, S=5, T=0, G=8)),
+}
 
-@pytest.mark.parametrize("case, variants", CASES.values(), ids=CASES)
-def test_equals_the_reference(case, variants):
-    run = jax.jit(out_and_grads, static_argnums=(0, 2))
-    for variant in variants:
-        bounds = bounds_of(case._replace(**variant))
-        arrays = inputs(case, bounds)
-        wanted, wanted_grads = run(primitive.attend, bounds, case.softcap, *arrays)
-        out, grads = run(kernel, bounds, case.softcap, *arrays)
-        for got, want in zip((out, *grads), (wanted, *wanted_grads)):
-            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+@pytest.mark.parametrize("H, layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_equals_the_reference(H, layout):
+    found = chip_proof.compare("pallas_tpu", "float32", H, layout)
+    assert chip_proof.within(found["errors"], (1e-5, 1e-5)), found
 
 
 def test_bfloat16_stays_near_float32():
     """As close to float32 on the same numbers as 8 bits allow."""
-    case = Case(H=128, G=2, M=6, S=9, T=300, softcap=5.0)
-    bounds = bounds_of(case)
-    arrays = inputs(case, bounds, jnp.bfloat16)
-    exact = jax.tree.map(lambda x: x.astype(jnp.float32), arrays)
-    wanted, wanted_grads = jax.jit(partial(out_and_grads, primitive.attend, bounds, case.softcap))(
-        *exact
-    )
-    out, grads = jax.jit(partial(out_and_grads, kernel, bounds, case.softcap))(*arrays)
-    for got, want in zip((out, *grads), (wanted, *wanted_grads)):
-        assert got.dtype == jnp.bfloat16
-        assert jnp.linalg.norm(got.astype(jnp.float32) - want) < 2**-7 * jnp.linalg.norm(want)
+    layout = Layout(M=6, S=9, T=300, G=2, softcap=5.0)
+    found = chip_proof.compare("pallas_tpu", "bfloat16", 128, layout)
+    assert chip_proof.within(found["errors"], (2**-7, 2**-6)), found
 
 
 def test_only_blocks_between_the_first_and_the_last_that_a_row_sees_are_visited():
@@ -165,18 +63,12 @@ def test_only_blocks_between_the_first_and_the_last_that_a_row_sees_are_visited(
 def shapes(H, G, M, S, T, dtype=jnp.bfloat16, sharding=None):
     """Arguments of `both`, as shapes."""
     array = partial(jax.ShapeDtypeStruct, sharding=sharding)
-    q, k = array((1, M, S, K * G, H), dtype), array((1, M, S, K, H), dtype)
-    prefix = (array((1, T, K, H), dtype),) * 2 if T else None
-    return Bounds(*[array((1, M, S), jnp.int32)] * 3), q, k, k, prefix, q
+    q, k = array((1, M, S, 2 * G, H), dtype), array((1, M, S, 2, H), dtype)
+    prefix = (array((1, T, 2, H), dtype),) * 2 if T else None
+    return (q, k, k), (prefix, Bounds(*[array((1, M, S), jnp.int32)] * 3)), q
 
 
-def attend(bounds, q, k, v, prefix):
-    return kernel(q, k, v, prefix, bounds, scale=0.1, softcap=50.0)
-
-
-def both(bounds, q, k, v, prefix, cotangent):
-    out, vjp = jax.vjp(lambda q, k, v: attend(bounds, q, k, v, prefix), q, k, v)
-    return out, vjp(cotangent)
+passes = both_passes(partial(kernel, scale=0.1, softcap=50.0))
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
@@ -187,24 +79,17 @@ def test_lowers_for_tpu(H, G, M, S, T, dtype):
     """Mosaic takes both kernels; what it makes of them needs libtpu."""
     arguments = shapes(H, G, M, S, T, dtype)
 
-    def calls(f):
-        return (
-            jax.jit(f)
-            .trace(*arguments)
-            .lower(lowering_platforms=("tpu",))
-            .as_text()
-            .count("@tpu_custom_call")
-        )
-
-    assert calls(lambda bounds, *arrays: attend(bounds, *arrays[:4])) == 1
-    assert calls(both) == 2
+    for name, calls in dict(forward=1, both=2).items():
+        lowered = passes[name].trace(*arguments).lower(lowering_platforms=("tpu",))
+        assert lowered.as_text().count("@tpu_custom_call") == calls
 
 
 def test_the_names_of_what_a_backward_pass_needs(capsys):
     policy = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
-    bounds, q, k, v, prefix, _ = shapes(64, 1, 2, 3, 40)
+    operands, shown, _ = shapes(64, 1, 2, 3, 40)
+    attend = partial(kernel, scale=0.1, softcap=50.0)
     jax.ad_checkpoint.print_saved_residuals(
-        jax.checkpoint(attend, policy=policy), bounds, q, k, v, prefix
+        jax.checkpoint(attend, policy=policy), *operands, *shown
     )
     kept = [
         line for line in capsys.readouterr().out.splitlines() if "from the argument" not in line
@@ -226,5 +111,5 @@ def test_compiles_for_tpu(M, S, T, chip, monkeypatch):
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     devices = topologies.get_topology_desc(platform="tpu", topology_name=chip).devices
     arguments = shapes(256, 2, M, S, T, sharding=jax.sharding.SingleDeviceSharding(devices[0]))
-    compiled = jax.jit(both).trace(*arguments).lower().compile()
+    compiled = passes["both"].trace(*arguments).lower().compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 128 * 2**20
