@@ -219,9 +219,8 @@ def _write_huggingface(
 
 def export_coprocessor(workdir: str, out: Path) -> None:
     """Writes the newest coprocessor of a training job as a folder (`weights.coprocessor`)."""
-    record = load.read_record(workdir)
-    trained = load.load_coprocessor(workdir, record.step)
-    params = trained.params
+    trained = load.load_coprocessor(workdir)
+    record, params = trained.record, trained.params
     if record["method.lora_rank"] and "layers" in params:  # adapters are multiplied out
         below = {"decoder": load.load_decoder(load.decoder_of(workdir, record)).params}
         below |= load.load_assistant(trained)
@@ -241,11 +240,14 @@ def export_coprocessor(workdir: str, out: Path) -> None:
 def evaluation_of(workdir: str, record: Record) -> dict[str, Any] | None:
     """Returns the evaluation of a checkpoint in its workdir.
 
-    It is None where there is none, or one that a version before 0.2 wrote.
+    It is None where there is none, one of another training, or one that a version before 0.2 wrote.
     """
     file = epath.Path(workdir) / "perplexity.json"
     found = json.loads(file.read_text()) if file.exists() else {}
-    return found if found.get("step") == record.step and "interval_over" in found else None
+    if found.get("step") != record.step or "interval_over" not in found:
+        return None
+    is_other = record.differences(Record.from_result(found), "evaluated")
+    return None if is_other else found
 
 
 def describe(config: TransformerConfig, wanted: TransformerConfig | None, where: str) -> None:

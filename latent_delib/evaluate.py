@@ -28,9 +28,9 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from latent_delib.data import batches
-from latent_delib.errors import Outage, UserError
-from latent_delib.job import build, experiment, parameters
+from latent_delib.data import batches, token_files
+from latent_delib.errors import Outage, UserError, store_errors
+from latent_delib.job import build, experiment, own_text, parameters
 from latent_delib.job import plan as planning
 from latent_delib.job.experiment import Experiment
 from latent_delib.job.record import OtherRun, Record
@@ -103,6 +103,9 @@ def config_of_training(flags: Any) -> ConfigDict:
     config = load_config(str(BASE))
     with config.unlocked():
         config.update(meta["config"])
+    tokens = own_text.tokens_of(workdir)
+    if where is None and token_files.are_those_of(tokens, meta["data"]["fingerprint"]):
+        config.data.token_files = tokens  # the workdir may have been moved
     return config
 
 
@@ -156,6 +159,7 @@ def evaluate_many(
     job = Job(config, workdir, [steps, patience])
     folder = epath.Path(out) / "evaluations"
     on_first(evaluations.require_same, folder, job.exp.record)
+    on_first(evaluations.require_own, folder, workdir)
     # All processes find the same damage. A disk error may be on one process alone: it ends the job.
     skipped = (UserError, OSError) if jax.process_count() == 1 else UserError
     failed = []
@@ -336,6 +340,8 @@ def write_evaluation(
     result: dict[str, Any], text: ValidationText, sums: SumsByTerm, out: epath.Path
 ) -> None:
     """Writes documents.npz, perplexity.png, and perplexity.json last, as a sign of completion."""
+    with store_errors(out):
+        (out / "perplexity.json").unlink(missing_ok=True)
     perplexity.write_documents(out / "documents.npz", text, sums)
     draw(out / "perplexity.png", figures.by_n, result["rows"])
     files.write(out / "perplexity.json", f"{json.dumps(result, indent=2)}\n".encode())

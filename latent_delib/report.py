@@ -123,9 +123,9 @@ def look_into(workdir: str, text: str) -> Look:
       UserError: there is no such checkpoint; its method writes no latents, or keys and values;
         its decoder is not on disk; or the text is too short or too long.
     """
-    record = load.read_record(workdir)
-    decoder = load.load_decoder(load.decoder_of(workdir, record))
-    model = AugmentedLM(decoder, load.load_coprocessor(workdir, record.step))
+    coprocessor = load.load_coprocessor(workdir)
+    decoder = load.load_decoder(load.decoder_of(workdir, coprocessor.record))
+    model = AugmentedLM(decoder, coprocessor)
     tokens = [model.tokenizer.bos_id, *model.tokenizer.encode(text)]
     if len(tokens) < AHEAD + 2:
         raise UserError(

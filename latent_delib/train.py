@@ -151,34 +151,34 @@ def run(exp: Experiment, workdir: str, stop: Stop) -> int:
     vote = distributed.vote(exp.mesh)
     stop.can_save = True
     metrics.begin_row(first)
-    for step in range(first + 1, t.steps + 1):
-        with metrics.waiting():
-            local = next(loader)
-        # Asked before the step is dispatched: the answer is there as soon as the last step is done.
-        stop_votes = vote(bool(stop.by))
-        batch = mesh_lib.place_rows(exp.mesh, local, t.batch_size)
-        state, values = train_step(state, frozen, batch)
-        held_out: dict[str, float] = {}
-        if measures and (step % t.validate_every == 0 or step == t.steps):
-            with metrics.paused(values):
-                for measure in measures:
-                    held_out |= measure(state.trainable)
-        metrics.push(step, values, held_out)
-        if t.profile_at > first:
-            trace_steps(t.profile_at, step, values, workdir)
-        stopping = bool(stop_votes)  # the same on all processes
-        if stopping or step % t.checkpoint_every == 0 or step == t.steps:
-            metrics.flush()  # a loss that is not finite must end the run before it is saved
-            meta = dataclasses.replace(record, step=step).meta()
-            checkpoints.save(step, trees_of(state), meta, metrics.loss_to_save(step))
-        if stopping:
-            break
+    with checkpoints:  # a started save becomes whole, also after an error
+        for step in range(first + 1, t.steps + 1):
+            with metrics.waiting():
+                local = next(loader)
+            # Asked before the step is dispatched: the answer is there once the last step is done.
+            stop_votes = vote(bool(stop.by))
+            batch = mesh_lib.place_rows(exp.mesh, local, t.batch_size)
+            state, values = train_step(state, frozen, batch)
+            held_out: dict[str, float] = {}
+            if measures and (step % t.validate_every == 0 or step == t.steps):
+                with metrics.paused(values):
+                    for measure in measures:
+                        held_out |= measure(state.trainable)
+            metrics.push(step, values, held_out)
+            if t.profile_at > first:
+                trace_steps(t.profile_at, step, values, workdir)
+            stopping = bool(stop_votes)  # the same on all processes
+            if stopping or step % t.checkpoint_every == 0 or step == t.steps:
+                metrics.flush()  # a loss that is not finite must end the run before it is saved
+                meta = dataclasses.replace(record, step=step).meta()
+                checkpoints.save(step, trees_of(state), meta, metrics.loss_to_save(step))
+            if stopping:
+                break
+        if first < t.profile_at <= step < t.profile_at + 3:
+            end_trace(workdir)  # fewer than three steps
+        metrics.close()
 
     # End.
-    if first < t.profile_at <= step < t.profile_at + 3:
-        end_trace(workdir)  # fewer than three steps
-    metrics.close()
-    checkpoints.close()
     stop.can_save = False
     if step < t.steps:
         by = SIGNALS.get(stop.by, "a signal to another process")

@@ -31,7 +31,8 @@ if [[ ! -e $tokens/meta.json ]]; then
 else
   echo "== $tokens is there already, and is used as it is: remove it if its text has changed"
 fi
-if [[ -n ${FROZEN:-} && ! -e $run/frozen/perplexity.json ]]; then
+step train --config="$config" --workdir="$run" --config.data.token_files="$tokens" "$@"
+if [[ -n ${FROZEN:-} ]]; then
   shared=() # what is not of the method alone
   for argument; do
     [[ $argument == --config.method.!(prompt_end=*) ]] || shared+=("$argument")
@@ -39,7 +40,6 @@ if [[ -n ${FROZEN:-} && ! -e $run/frozen/perplexity.json ]]; then
   step evaluate --config="$config" --workdir="$run/frozen" --config.data.token_files="$tokens" "${shared[@]}" \
     --config.method.name=decoder
 fi
-step train --config="$config" --workdir="$run" --config.data.token_files="$tokens" "$@"
 step evaluate --workdir="$run" "$@"
 if [[ $CONFIG == quickstart && $# == 0 ]]; then # beside it, the packaged coprocessor: trained for longer, on more text
   step evaluate --config="$config" --workdir=packaged --out="$run/packaged" --config.data.token_files="$tokens" \

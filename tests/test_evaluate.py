@@ -305,6 +305,11 @@ def test_an_exported_coprocessor_stands_for_its_workdir(make_config, trained, ev
     (tmp_path / "trained" / "perplexity.json").write_text(json.dumps(result))
     convert.convert(str(tmp_path / "trained"), str(tmp_path / "with_card"))
     assert as_text(result) in (tmp_path / "with_card" / "README.md").read_text()
+    other = result["config"] | {"seed": 7}  # of another training
+    file = tmp_path / "trained" / "perplexity.json"
+    file.write_text(json.dumps(result | {"config": other}))
+    convert.convert(str(tmp_path / "trained"), str(tmp_path / "without_table"))
+    assert as_text(result) not in (tmp_path / "without_table" / "README.md").read_text()
     with pytest.raises(UserError, match="num_latents is 2 there, 3 here"):
         evaluate.evaluate(make_config({"method.num_latents": 3}), where, str(tmp_path / "out"))
     flags = SimpleNamespace(

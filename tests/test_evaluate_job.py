@@ -271,6 +271,33 @@ def test_one_curve_shows_one_thing(make_config, trained, evaluated):
     evaluations.require_same(folder, experiment.read(make_config(at_prompts)).record)
 
 
+def test_evaluations_of_another_training_are_refused(make_config, trained, evaluated):
+    file = evaluated / "evaluations" / "2" / "perplexity.json"
+    config = json.loads(file.read_text())["config"]
+    config["optimizer"]["learning_rate"] = 0.25
+    change(file, {"config": config})
+    shutil.rmtree(evaluated / "evaluations" / "4")
+    message = "2/perplexity.json: optimizer.learning_rate is 0.25 there, .* give another --out"
+    with pytest.raises(ld.UserError, match=message):
+        evaluate.evaluate_many(make_config(), str(trained), str(evaluated), [4])
+    assert not (evaluated / "evaluations" / "4").exists()
+
+
+def test_an_interrupted_evaluation_leaves_no_sign_of_completion(
+    make_config, trained, evaluated, monkeypatch
+):
+    """Its documents.npz is new already, and the old perplexity.json does not belong to it."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "draw", stop)
+    out = evaluated / "evaluations" / "4"
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.evaluate(make_config({"evaluate.swap": True}), str(trained), str(out))
+    assert (out / "documents.npz").exists() and not (out / "perplexity.json").exists()
+
+
 def test_what_cannot_be_read_does_not_stop_the_others(
     make_config, trained, alone, batches, tmp_path, capsys
 ):

@@ -151,6 +151,12 @@ def test_a_text_of_your_own_is_prepared_trained_on_and_evaluated(config_file, tm
     result = json.loads((tmp_path / "run" / "perplexity.json").read_text())
     assert result["config"]["data"]["validation"] == [given["held_out"]]
     assert run_command("train", **given) == ""  # again: nothing is left to do
+    (tmp_path / "run").rename(tmp_path / "moved")  # its token files come along
+    assert run_command("evaluate", workdir=f"{tmp_path}/moved") == ""
+    again = json.loads((tmp_path / "moved" / "perplexity.json").read_text())
+    assert again["rows"] == result["rows"]
+    assert again["config"]["data"]["token_files"] == f"{tmp_path}/moved/tokens"
+    (tmp_path / "moved").rename(tmp_path / "run")
     (tmp_path / "text" / "3.txt").write_text("one more")
     said = run_command("train", **given)
     small.named(said, f"{tmp_path}/run/tokens", "the text of files:", "name another folder")

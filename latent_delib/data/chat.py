@@ -59,23 +59,38 @@ def render(template: str, messages: list[dict[str, str]], tokens: Mapping[str, s
     Raises:
       UserError: the template refuses the messages, or cannot be run.
     """
+    from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+    class Generation(Extension):
+        """Keeps the text between {% generation %} and {% endgeneration %}, which mark replies."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
     )
     environment.filters["tojson"] = _to_json
     environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
     try:
         program = environment.from_string(template)
-        return program.render(messages=messages, add_generation_prompt=True, **tokens)
+        return program.render(
+            messages=messages, tools=None, documents=None, add_generation_prompt=True, **tokens
+        )
     except Exception as error:  # a template is a program, and may fail in any way
         raise UserError(f"messages: the chat template fails on them: {error}") from None
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
-    """Returns a value as JSON. Jinja's own filter would escape it for HTML."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _to_json(value: Any, ensure_ascii: bool = False, **how: Any) -> str:
+    """Returns a value as JSON. Jinja's own filter would escape it for HTML.
+
+    how: `indent`, `separators` and `sort_keys` of json.dumps.
+    """
+    return json.dumps(value, ensure_ascii=ensure_ascii, **how)
 
 
 def _refuse(message: str) -> NoReturn:

@@ -20,7 +20,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -318,6 +318,12 @@ def _check_fits(meta: dict, where: str, seq_len: int, tokenizer: Tokenizer) -> N
             f"{meta['tokenizer_sha256']}, {tokenizer.path} has {found}; "
             "use that one (config.decoder.tokenizer), or prepare with this one"
         )
+
+
+def are_those_of(where: str, stored: Mapping[str, str]) -> bool:
+    """Tells whether a folder holds the token files of a fingerprint (`batches.Training`)."""
+    meta = read_meta(where)
+    return meta is not None and _digest(meta) == stored.get("token_files/meta.json")
 
 
 class Training:

@@ -22,7 +22,7 @@ from latent_delib.nn.attention.cards import shared_memory_of
 from latent_delib.nn.attention.choice import choose
 from latent_delib.nn.attention.forms import FORMS
 from latent_delib.nn.layers import PARAM_AXES, Partition
-from latent_delib.nn.sizes import TransformerConfig
+from latent_delib.nn.sizes import TransformerConfig, family
 from latent_delib.nn.transformer import Params, Transformer
 from latent_delib.weights import coprocessor as exported
 from latent_delib.weights import folder
@@ -86,7 +86,12 @@ def own_architecture(record: Record, decoder: TransformerConfig) -> TransformerC
     fields = dataclasses.asdict(decoder) | changed
     if "query_scale" not in changed and decoder.query_scale == decoder.head_dim**-0.5:
         fields["query_scale"] = 0.0  # it follows from the coprocessor's head_dim
-    return TransformerConfig.from_dict(fields, "config.method.coprocessor")
+    own = TransformerConfig.from_dict(fields, "config.method.coprocessor")
+    try:
+        family(own)  # an export names the weights as the family does
+    except UserError as error:
+        raise UserError(f"config.method.coprocessor: {error}") from None
+    return own
 
 
 def augmentation(

@@ -47,7 +47,7 @@ AT_LEAST = {  # the smallest value allowed; 0 for all other numbers
 
 def check(config: ConfigDict) -> None:
     """Raises UserError for the first value that is out of range or does not fit the others."""
-    _check_finite(config)
+    _check_values(config)
     check_data(config.data)
     for key, allowed in ONE_OF.items():
         value = value_of(config, key)
@@ -92,10 +92,12 @@ def replaces_steps(m: ConfigDict) -> bool:
     return m.distill > 0 and not m.visible_text
 
 
-def _check_finite(config: ConfigDict) -> None:
-    """Raises UserError for infinity, NaN, and integers of 2**31 or more that are not seeds."""
+def _check_values(config: ConfigDict) -> None:
+    """Raises UserError for None, infinity, NaN, and integers of 2**31 or more but seeds."""
     for key in keys_of(config):
         value = value_of(config, key)
+        if value is None:
+            raise UserError(f"config.{key}=None: expected a value; configs/base.py has the default")
         if isinstance(value, int) and value >= 2**31 and key.split(".")[-1] != "seed":
             raise UserError(f"config.{key}={value}: expected less than 2**31")
         if isinstance(value, float) and not math.isfinite(value):

@@ -167,8 +167,8 @@ class Metrics:
             )
         saved = f"step {self.saved} is saved" if self.saved else "nothing is saved yet"
         raise UserError(
-            f"{problem}; {saved}; expected a lower learning rate, or config.train.max_bad_steps "
-            "above 0"
+            f"{problem}; {saved}; expected config.train.max_bad_steps above 0, or a lower learning "
+            "rate in another --workdir"
         )
 
     def _write_row(self, step: int) -> None:

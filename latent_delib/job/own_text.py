@@ -47,9 +47,13 @@ def make_tokens(config: Any, workdir: str) -> None:
     """
     check(config)
     check_steps(config)
-    tokens = f"{workdir.rstrip('/')}/tokens"
-    prepare(config, tokens)
-    config.data.token_files = tokens
+    prepare(config, tokens_of(workdir))
+    config.data.token_files = tokens_of(workdir)
+
+
+def tokens_of(workdir: str) -> str:
+    """Returns the folder of the token files that `make_tokens` makes."""
+    return f"{workdir.rstrip('/')}/tokens"
 
 
 def _shared(source: str, other: str) -> set[str]:

@@ -49,6 +49,18 @@ AGREE = {
         "method.coprocessor",
         "method.assistant",
     ),
+    # An evaluation is of this checkpoint, and not of the same step of another training.
+    "evaluated": (
+        "decoder.fingerprint",
+        *METHOD,
+        "method.num_traces",
+        "method.num_ahead",
+        "method.max_delay",
+        "optimizer.*",
+        "seed",
+        "train.batch_size",
+        "data.seq_len",
+    ),
     # Two evaluations are points of one curve.
     "compare": (
         "decoder.fingerprint",
@@ -86,6 +98,7 @@ REMEDY = {
     "resume": "use its values, or another --workdir",
     "evaluate": "use its values, or another --workdir",
     "start": "name another checkpoint",
+    "evaluated": "give another --out, or remove it",
     "compare": "give another --out, or remove it",
 }
 FINGERPRINTS = (

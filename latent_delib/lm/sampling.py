@@ -72,7 +72,8 @@ class Sampler:
             raise UserError(f"top_p={self.top_p}: expected above 0, at most 1")
         if not temperature and (top_k or top_p < 1):
             raise UserError(f"top_k={top_k}, top_p={top_p}: they need a temperature above 0")
-        return Sampler(temperature, min(top_k, arguments.INT32), top_p)
+        top_k = min(top_k, arguments.INT32)
+        return dataclasses.replace(self, temperature=temperature, top_k=top_k, top_p=top_p)
 
 
 def options() -> dict[str, tuple[Any, str]]:

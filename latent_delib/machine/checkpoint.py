@@ -11,8 +11,8 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
@@ -109,6 +109,17 @@ class Checkpoints:
             with _disk_errors(self.path):
                 self.manager.wait_until_finished()
                 self.manager.check_for_errors()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        """Closes. After an error a started save becomes whole too, and the error is raised."""
+        if error is None:
+            self.close()
+        elif isinstance(error, Exception):
+            with suppress(Exception):  # the disk may be the cause of the error
+                self.close()
 
     def close(self) -> None:
         """Waits, and ends the background threads; raises as `save` does."""

@@ -142,7 +142,10 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise UserError(f"{in_the_way(path) or path}: {NOT_A_FOLDER}") from None
+        file = in_the_way(path)
+        if file is None:
+            raise UserError(f"{path}: is a link to nothing, expected a folder") from None
+        raise UserError(f"{file}: {NOT_A_FOLDER}") from None
 
 
 def is_folder(path: epath.Path) -> bool:

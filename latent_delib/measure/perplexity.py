@@ -229,7 +229,7 @@ def _part(
 
 
 def table(sums: SumsByTerm, work: np.ndarray, seed: int) -> list[dict[str, Any]]:
-    """Returns a row for each n that some document reaches: all metrics, and the change.
+    """Returns a row for each n that some document reaches: the change, and the metrics in `sums`.
 
     The change is in perplexity, percent. The ends of its interval are None where the interval
     cannot be estimated.
@@ -250,6 +250,8 @@ def _row(index: int, total: SumsByTerm, interval: np.ndarray) -> dict[str, Any]:
     augmented = {term: sums.augmented[index] for term, sums in total.items()}
     row = {"n": index + 1, "tokens": int(tokens)}
     for each in metric.METRICS:
+        if not each.terms.keys() <= total.keys():
+            continue
         row[f"decoder_{each.name}"] = float(each.pool(decoder | {"tokens": tokens}))
         row[f"augmented_{each.name}"] = float(each.pool(augmented | {"tokens": tokens}))
     more_nll = total["nll"].augmented[index] - total["nll"].decoder[index]

@@ -18,7 +18,8 @@ class Comparison(NamedTuple):
     lines: the published lines.
     about: the kinds that the table is about. If no run is of these, it has published lines alone.
     beside: the kinds shown with them.
-    same_checkpoint: whether to show only checkpoints of runs in `about`, and decoders.
+    same_checkpoint: whether to show decoders, and the checkpoints of runs in `about` with latents
+      that come at once or late, instead of the kinds.
     """
 
     name: str
@@ -122,9 +123,10 @@ def entries_in(comparison: Comparison, every: Sequence[Entry]) -> list[Entry]:
     checkpoints = {entry.result.checkpoint for entry in about}
     found = []
     for entry in every:
-        belongs = is_decoder(entry) or entry.result.checkpoint in checkpoints
-        if comparison.same_checkpoint and not belongs:
-            continue
-        if kinds_of(entry) & (comparison.about | comparison.beside):
+        belongs = bool(kinds_of(entry) & (comparison.about | comparison.beside))
+        if comparison.same_checkpoint and not is_decoder(entry):
+            with_latents = entry.model == "augmented" and (entry.delay or not is_control(entry))
+            belongs = bool(with_latents) and entry.result.checkpoint in checkpoints
+        if belongs:
             found.append(entry)
     return found

@@ -77,7 +77,11 @@ def _table(rows: Sequence[dict[str, Any]], over: str) -> str:
     """
     interval = f"95 % interval over {over}"
     head = f"{'n':>3} {'tokens':>10} {'decoder':>10} {'augmented':>10} {'change':>9}   {interval}"
-    others = [each.name for each in metric.METRICS if each is not metric.PERPLEXITY]
+    others = []
+    for each in metric.METRICS:
+        is_measured = all(f"decoder_{each.name}" in row for row in rows)
+        if is_measured and each is not metric.PERPLEXITY:
+            others.append(each.name)
     lines = ["; ".join([head, *others])]
     for row in rows:
         is_power_of_two = row["n"] & (row["n"] - 1) == 0

@@ -281,13 +281,15 @@ def architecture(file: GGUF) -> TransformerConfig:
     fields["vocab_size"] = table.shape[0] if table else 1
     is_written_twice = {TABLE, HEAD} <= file.tensors.keys() and file.are_same(TABLE, HEAD)  # GPT-2
     fields["untied_head"] = HEAD in file.tensors and not is_written_twice
-    scaling = get("rope.scaling.type", str, "none")
+    # Older files have no type, or the factor under another key.
+    factor = get("rope.scaling.factor", float, 0.0) or get("rope.scale_linear", float, 0.0)
+    scaling = get("rope.scaling.type", str, "linear" if factor else "none")
     supported = ("none",) if kind == "gemma2" else ("none", "linear")  # not for local layers
     if scaling not in supported:
         expected = " or ".join(supported)
         raise UserError(f"{where}: {kind}.rope.scaling.type={scaling!r}, expected {expected}")
     if scaling == "linear":
-        fields["rope_scaling"] = (get("rope.scaling.factor", float), 1.0, 4.0, 0.0)
+        fields["rope_scaling"] = (factor, 1.0, 4.0, 0.0)
     config = TransformerConfig.from_dict(fields, where, names)
     known = _known_size(config)
     if known is not None:

@@ -1,4 +1,4 @@
-"""Writes chat.json: conversations, and what `transformers` makes of them with four chat templates.
+"""Writes chat.json: conversations, and what `transformers` makes of them with five chat templates.
 
   python tests/golden/make_chat.py            writes tests/golden/chat.json
   python tests/golden/make_chat.py --check    computes it again and compares
@@ -78,11 +78,28 @@ BLOCKS = """\
     {% endfor %}
 {{ eos_token }}
 """
+# Tools, which are absent; marks around the replies; JSON in another form.
+REPLIES = """\
+{%- if tools is not none or documents is not none %}
+{{- 'Tools: ' ~ tools }}
+{%- endif %}
+{%- for message in messages %}
+{{- message.role ~ ': ' }}
+{%- if message.role == 'assistant' %}
+{%- generation %}
+{{- message.content ~ eos_token }}
+{%- endgeneration %}
+{%- else %}
+{{- message | tojson(ensure_ascii=true, separators=(',', ':'), sort_keys=true) }}
+{%- endif %}
+{%- endfor %}
+"""
 TEMPLATES = {
     "chatml": (CHATML, "<|im_start|>", "<|im_end|>"),
     "turns": (TURNS, "<bos>", "<eos>"),
     "headers": (HEADERS, "<bos>", "<|end|>"),
     "blocks": (BLOCKS, "<bos>", "<eos>"),
+    "replies": (REPLIES, "<bos>", "<eos>"),
 }
 
 

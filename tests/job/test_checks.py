@@ -32,6 +32,12 @@ MISTAKES = [
         "config.method.coprocessor: .* has the decoder's size",
     ),
     ({"method.name": "resized", "method.coprocessor": {"layers": 2}}, "config.method.coprocessor"),
+    (
+        {"method.name": "resized", "method.coprocessor": {"qkv_bias": True}},
+        "config.method.coprocessor: no family has",
+    ),
+    ({"train.checkpoint_every": None}, "config.train.checkpoint_every=None: expected a value"),
+    ({"data.weights": None}, "config.data.weights=None: expected a value"),
     ({"method.name": "assistant"}, "config.method.assistant is empty: method 'assistant'"),
     ({"method.assistant": "packaged"}, "config.method.assistant=packaged: .*has none"),
     ({"method.start": "runs/x"}, "expected WORKDIR/checkpoints/STEP"),

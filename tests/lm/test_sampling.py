@@ -119,3 +119,11 @@ def test_a_sampler_is_a_value(lms):
         stopped=lambda new: new[:, -1] < 0,
     )
     assert (new[:, 0] == np.argmin(lm.logits([[2, 5, 6, 7]])[0, -1])).all()
+
+
+def test_a_rule_that_was_added_keeps_its_value():
+    @dataclasses.dataclass(frozen=True)
+    class More(Sampler):
+        min_p: float = 0.0
+
+    assert More(temperature=1.0, min_p=0.9).checked() == More(1.0, 0, 1.0, 0.9)

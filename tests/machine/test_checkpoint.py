@@ -24,6 +24,7 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from latent_delib.errors import Outage, UserError
+from latent_delib.machine import saved_steps
 from latent_delib.machine.checkpoint import Checkpoints, open_for_reading
 from latent_delib.machine.contents import leaf_sums
 from tests.workdirs import flip
@@ -566,3 +567,19 @@ def test_the_package_for_gs(missing, monkeypatch):
     for use in (Checkpoints, open_for_reading):
         with pytest.raises(UserError, match=f"{missing[0]} is not installed: .*setup.sh tpu"):
             use("gs://bucket/run")
+
+
+def test_after_an_error_a_started_save_becomes_whole(tmp_path):
+    with pytest.raises(ZeroDivisionError), Checkpoints(str(tmp_path)) as checkpoints:
+        checkpoints.save(1, make(0, sharding(*HERE)), META)
+        1 / 0  # noqa: B018
+    assert saved_steps.whole_steps(str(tmp_path)) == {1}
+
+
+def test_an_error_stays_the_one_raised_where_the_save_fails_too(tmp_path, monkeypatch):
+    def fail(self):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "close", fail)
+    with pytest.raises(ZeroDivisionError), Checkpoints(str(tmp_path)):
+        1 / 0  # noqa: B018

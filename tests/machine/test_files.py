@@ -263,3 +263,9 @@ def test_a_store_that_does_not_take_a_file():
         files.write(Stored(HttpError(401)), b"")
     with pytest.raises(HttpError):
         files.write(Stored(HttpError(400)), b"")
+
+
+def test_a_link_to_nothing_is_no_folder(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match="link: is a link to nothing, expected a folder"):
+        files.make_folder(tmp_path / "link")

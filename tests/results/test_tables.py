@@ -163,6 +163,14 @@ def test_latents_in_place_of_text_are_not_the_papers_method(tmp_path):
     assert not [name for name in shown if re.match("[1-9]_", name)]
 
 
+def test_late_latents_of_another_method_are_beside_those_without_delay(tmp_path):
+    for name, evaluated in (("run", {}), ("late", {"delay": 2}), ("swap", {"swap": True})):
+        perplexity(tmp_path / name, -1.0, config("lora") | {"evaluate": evaluated}, run="run")
+    perplexity(tmp_path / "other", -1.0, config("lora"))
+    rows = [row for row in tables_of(tmp_path)["8_asynchronous"] if "P" in row[2]]
+    assert len(rows) == 2 and rows[1][0] == f"{rows[0][0]}, delay 2"
+
+
 def test_late_latents_are_the_asynchronous_table_and_controls_are_in_none(tmp_path):
     """A control is shown as a run of the paper's method."""
     for name, evaluated in (("run", {}), ("late", {"delay": 2}), ("swap", {"swap": True})):

@@ -200,6 +200,14 @@ def test_metadata_that_is_refused(tokenizer_path, tmp_path, key, value, words):
     refused(file, tmp_path / "out", *words)
 
 
+@pytest.mark.parametrize("kind", ["linear", None])  # older files have no type
+@pytest.mark.parametrize("key", ["rope.scaling.factor", "rope.scale_linear"])
+def test_linear_rotary_scaling(tokenizer_path, tmp_path, kind, key):
+    changed = {"gemma3.rope.scaling.type": kind, f"gemma3.{key}": 4.0}
+    file = write(tmp_path / "model.gguf", "gemma3", tokenizer_path, changed=changed)
+    assert ours.architecture(ours.GGUF(file)).rope_scaling == (4.0, 1.0, 4.0, 0.0)
+
+
 @pytest.mark.parametrize(
     "family, key, bases",
     [
