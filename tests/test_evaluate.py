@@ -28,6 +28,7 @@ from latent_delib.measure import perplexity, values, views
 from latent_delib.measure.text import read_validation_text
 from latent_delib.nn import transformer
 from latent_delib.results.evaluation import as_text
+from tests.workdirs import flip
 
 KEYS = [
     "n",
@@ -291,6 +292,18 @@ def test_the_decoder_needs_no_checkpoint(make_config, logprobs, pieces, tmp_path
         row["change_percent"] == 0 and row["augmented_ppl"] == row["decoder_ppl"]
         for row in result["rows"]
     )
+
+
+def test_a_damaged_checkpoint_is_not_exported(trained, tmp_path, capsys):
+    workdir = tmp_path / "workdir"
+    shutil.copytree(trained, workdir)
+    older, newest = sorted(int(each.name) for each in (workdir / "checkpoints").iterdir())[-2:]
+    flip(workdir / "checkpoints" / str(newest) / "trainable" / "manifest.ocdbt")
+    convert.convert(str(workdir), str(tmp_path / "out"))
+    assert (
+        json.loads((tmp_path / "out" / "coprocessor.json").read_text())["record"]["step"] == older
+    )
+    assert f"checkpoint {newest} is damaged" in capsys.readouterr().err
 
 
 def test_an_exported_coprocessor_stands_for_its_workdir(make_config, trained, evaluated, tmp_path):
