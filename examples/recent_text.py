@@ -9,8 +9,8 @@ places and seed are those of the evaluation of `lab/short_text`, whose mixture a
 that reads all text.
 """
 
-import sys
-from collections.abc import Callable
+import argparse
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +81,7 @@ def recent_rows(
     return np.concatenate([bos, rows], axis=1), at - first + 1
 
 
-def main(*widths: str) -> None:
+def main(widths: Sequence[int]) -> None:
     exp = experiment.read(paper.get_config("lab/short_text"))
     text = read_validation_text(exp)
     piece, at = places_of(text, view_of(exp, text))
@@ -98,7 +98,7 @@ def main(*widths: str) -> None:
     document = text.document[piece]
     print("| the decoder reads |", " | ".join(f"n = {n}" for n in SHOWN), "| mean |")
     print("|---|" + "---|" * (len(SHOWN) + 1))
-    for width in map(int, widths or ("16", "32", "64")):
+    for width in widths:
         rows, at_row = recent_rows(tokens_PT, piece, at, width, A)
         alone = ahead(score(rows), at_row, A)
         sums = Sums(counts.astype(np.int64), all_text * counts, alone * counts)
@@ -117,4 +117,8 @@ def cells(rows: list[dict]) -> list[str]:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("widths", metavar="W", nargs="*", type=int, default=(16, 32, 64))
+    main(parser.parse_args().widths)

@@ -160,7 +160,7 @@ def test_config_files_and_flags(error, config_file, tmp_path):
         ("num_layers", "four", ["num_layers='four'", "int"]),
         ("post_norms", "yes", ["post_norms='yes'", "bool"]),
         ("layer_pattern", "local", ["layer_pattern='local'", "tuple"]),
-        ("rope_base", None, ["rope_base=None", "float"]),
+        ("rope_base", None, ["rope_base=None", "expected a value"]),
         ("width", 3, ["unknown", "width", "embed_dim"]),
         ("vocab_size", 100, ["config.decoder.tokenizer", "1024 pieces", "100"]),
     ],

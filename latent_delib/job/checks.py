@@ -97,7 +97,7 @@ def _check_values(config: ConfigDict) -> None:
     for key in keys_of(config):
         value = value_of(config, key)
         if value is None:
-            raise UserError(f"config.{key}=None: expected a value; configs/base.py has the default")
+            raise UserError(f"config.{key}=None: expected a value")
         if isinstance(value, int) and value >= 2**31 and key.split(".")[-1] != "seed":
             raise UserError(f"config.{key}={value}: expected less than 2**31")
         if isinstance(value, float) and not math.isfinite(value):
