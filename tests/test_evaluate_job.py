@@ -283,6 +283,17 @@ def test_evaluations_of_another_training_are_refused(make_config, trained, evalu
     assert not (evaluated / "evaluations" / "4").exists()
 
 
+def test_an_evaluated_checkpoint_that_is_damaged_since_is_not_in_the_way(
+    make_config, trained, alone, evaluated, tmp_path
+):
+    shutil.copytree(trained, tmp_path / "workdir")
+    (tmp_path / "workdir" / "checkpoints" / "2" / "meta" / "metadata").write_text("{")
+    shutil.rmtree(evaluated / "evaluations" / "4")
+    evaluate.evaluate_many(make_config(), str(tmp_path / "workdir"), str(evaluated), [4])
+    found = json.loads((evaluated / "evaluations" / "4" / "perplexity.json").read_text())
+    assert found["step"] == 4
+
+
 def test_an_interrupted_evaluation_leaves_no_sign_of_completion(
     make_config, trained, evaluated, monkeypatch
 ):

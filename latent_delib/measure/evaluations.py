@@ -64,13 +64,13 @@ def require_same(folder: epath.Path, record: Record, text: str = "") -> None:
 def require_own(folder: epath.Path, workdir: str) -> None:
     """Raises OtherRun if an evaluation in a folder is of a step of another training.
 
-    It compares evaluations with the checkpoints that are still there.
+    It compares evaluations with the checkpoints that are still there and can be read.
     """
-    there = saved_steps.whole_steps(workdir)
     for step, result in read_results(folder).items():
-        if step not in there:
+        try:
+            meta = saved_steps.read_meta(workdir, step)
+        except UserError:
             continue
-        meta = saved_steps.read_meta(workdir, step)
         file = str(file_of(folder, step))
         Record.from_meta(meta, workdir).require(Record.from_result(result), "evaluated", file)
 

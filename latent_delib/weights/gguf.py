@@ -289,6 +289,7 @@ def architecture(file: GGUF) -> TransformerConfig:
         expected = " or ".join(supported)
         raise UserError(f"{where}: {kind}.rope.scaling.type={scaling!r}, expected {expected}")
     if scaling == "linear":
+        factor = factor or get("rope.scaling.factor", float)  # raises where there is none
         fields["rope_scaling"] = (factor, 1.0, 4.0, 0.0)
     config = TransformerConfig.from_dict(fields, where, names)
     known = _known_size(config)

@@ -203,9 +203,16 @@ def test_metadata_that_is_refused(tokenizer_path, tmp_path, key, value, words):
 @pytest.mark.parametrize("kind", ["linear", None])  # older files have no type
 @pytest.mark.parametrize("key", ["rope.scaling.factor", "rope.scale_linear"])
 def test_linear_rotary_scaling(tokenizer_path, tmp_path, kind, key):
-    changed = {"gemma3.rope.scaling.type": kind, f"gemma3.{key}": 4.0}
+    changed = {"gemma3.rope.scaling.type": kind, "gemma3.rope.scaling.factor": None}
+    changed |= {f"gemma3.{key}": 3.0}
     file = write(tmp_path / "model.gguf", "gemma3", tokenizer_path, changed=changed)
-    assert ours.architecture(ours.GGUF(file)).rope_scaling == (4.0, 1.0, 4.0, 0.0)
+    assert ours.architecture(ours.GGUF(file)).rope_scaling == (3.0, 1.0, 4.0, 0.0)
+
+
+def test_linear_rotary_scaling_without_a_factor_is_refused(tokenizer_path, tmp_path):
+    changed = {"gemma3.rope.scaling.type": "linear", "gemma3.rope.scaling.factor": None}
+    file = write(tmp_path / "model.gguf", "gemma3", tokenizer_path, changed=changed)
+    refused(file, tmp_path / "out", "gemma3.rope.scaling.factor", "missing")
 
 
 @pytest.mark.parametrize(
