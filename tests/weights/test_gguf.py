@@ -212,7 +212,7 @@ def test_linear_rotary_scaling(tokenizer_path, tmp_path, kind, key):
 def test_linear_rotary_scaling_without_a_factor_is_refused(tokenizer_path, tmp_path):
     changed = {"gemma3.rope.scaling.type": "linear", "gemma3.rope.scaling.factor": None}
     file = write(tmp_path / "model.gguf", "gemma3", tokenizer_path, changed=changed)
-    refused(file, tmp_path / "out", "gemma3.rope.scaling.factor", "missing")
+    refused(file, tmp_path / "out", "gemma3.rope.scaling.factor=None", "expected float")
 
 
 @pytest.mark.parametrize(
