@@ -151,7 +151,7 @@ def run(exp: Experiment, workdir: str, stop: Stop) -> int:
     vote = distributed.vote(exp.mesh)
     stop.can_save = True
     metrics.begin_row(first)
-    with checkpoints:  # a started save becomes whole, also after an error
+    with checkpoints, metrics:  # a started save and the rows become whole, also after an error
         for step in range(first + 1, t.steps + 1):
             with metrics.waiting():
                 local = next(loader)
@@ -176,7 +176,6 @@ def run(exp: Experiment, workdir: str, stop: Stop) -> int:
                 break
         if first < t.profile_at <= step < t.profile_at + 3:
             end_trace(workdir)  # fewer than three steps
-        metrics.close()
 
     # End.
     stop.can_save = False

@@ -133,10 +133,10 @@ def test_a_store_that_does_not_take_metrics_ends_nothing(capsys, failures, tmp_p
 def test_steps_without_a_prompt_do_not_end_a_run_that_has_seen_one(make_config, tmp_path):
     """By chance the last steps may hold no prompt; the run must reach its end all the same."""
     exp = experiment.read(make_config({"train.log_every": 1, "train.steps": 3}))
-    seen = Metrics(exp, str(tmp_path), 0, lambda step: 0.1)
-    for step, tokens in enumerate((6, 0, 0), 1):
-        seen.push(step, {"loss": 2.0, "tokens": tokens, "grad_norm": 1.0})
-    seen.close()
+    with Metrics(exp, str(tmp_path), 0, lambda step: 0.1) as seen:
+        for step, tokens in enumerate((6, 0, 0), 1):
+            seen.push(step, {"loss": 2.0, "tokens": tokens, "grad_norm": 1.0})
+        seen.flush()
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
 
 

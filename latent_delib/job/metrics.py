@@ -159,7 +159,6 @@ class Metrics:
             if self.logs:
                 print(f"{problem}; skipped, {self.bad} of at most {self.allowed}", flush=True)
             return
-        self.close()  # the rows before this step show why
         if self.allowed:
             raise UserError(
                 f"{problem}; config.train.max_bad_steps={self.allowed} such steps were skipped "
@@ -208,10 +207,13 @@ class Metrics:
         self.saved = step
         return loss if count >= self.steps_between_saves else None
 
-    def close(self) -> None:
-        self.flush()
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        """Closes the logs; after an error too, because the rows before it show why."""
         for log in self.logs:
-            log.close()
+            log.close(failed=kind is not None)
 
 
 def line(row: dict[str, float], steps: int) -> str:
@@ -286,7 +288,9 @@ class Log:
             self.events.write_event(Event(wall_time=time.time(), step=step, **content))
             self.events.flush()
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
+        """Closes the files. The rows of a failed run are kept too."""
+        del failed
         self.file.close()
         self.events.close()
         for copy in self.copies:

@@ -52,8 +52,9 @@ class WandbRun:
         if step >= self.run.starting_step:
             self.run.log(values, step=step)
 
-    def close(self) -> None:
-        self.run.finish()
+    def close(self, failed: bool) -> None:
+        """Ends the run, as finished or as failed."""
+        self.run.finish(exit_code=int(failed))
 
 
 def _id_of_run(file: epath.Path) -> str:

@@ -292,6 +292,10 @@ def architecture(file: GGUF) -> TransformerConfig:
         factor = factor or get("rope.scaling.factor", float)  # raises where there is none
         fields["rope_scaling"] = (factor, 1.0, 4.0, 0.0)
     config = TransformerConfig.from_dict(fields, where, names)
+    rotated = get("rope.dimension_count", int, config.head_dim)
+    if rotated != config.head_dim:
+        expected = f"{config.head_dim}, the head dim: others are not supported"
+        raise UserError(f"{where}: {kind}.rope.dimension_count={rotated}, expected {expected}")
     known = _known_size(config)
     if known is not None:
         config = dataclasses.replace(config, query_scale=known.query_scale)

@@ -4,6 +4,7 @@ import types
 
 import jax
 import numpy as np
+import pytest
 
 from latent_delib.delib import cost
 from latent_delib.job import experiment, metrics
@@ -114,3 +115,21 @@ def test_a_row_is_the_mean_over_the_tokens_of_its_steps(make_config, tmp_path, m
     (row,) = rows
     assert (row["loss"], row["step_seconds"]) == (1.75, 2)
     assert row["tokens_per_second"] == 8 * 32 / 2
+
+
+def test_an_error_leaves_the_rows_on_the_store(make_config, tmp_path, monkeypatch):
+    """A store's copy of metrics.jsonl may be old when an error ends the job."""
+    monkeypatch.setattr(metrics, "is_remote", lambda workdir: True)
+    monkeypatch.setattr(metrics.files.Copy, "update", lambda self: None)  # the store is slow
+    exp = experiment.read(make_config({"train.log_every": 1}))
+    values = {"loss": 4.0, "tokens": 8.0, "grad_norm": 1.0}
+    with (
+        pytest.raises(OSError),
+        metrics.Metrics(exp, str(tmp_path), 0, lambda step: 1.0) as found,
+    ):
+        found.begin_row(0)
+        found.push(1, values)
+        found.push(2, values)
+        raise OSError("a bucket")
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert '"step": 1' in line

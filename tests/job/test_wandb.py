@@ -22,8 +22,8 @@ class Refused(Exception):
 
 @pytest.fixture
 def wandb(monkeypatch):
-    """Stands in for the package: the arguments of `init`, and the rows and the ends of its runs."""
-    found = SimpleNamespace(Error=Refused, inits=[], rows=[], ends=0, starting_step=0)
+    """Stands in for the package: arguments of `init`, rows and exit codes of its runs."""
+    found = SimpleNamespace(Error=Refused, inits=[], rows=[], ends=[], starting_step=0)
 
     def init(**arguments):
         found.inits.append(arguments)
@@ -32,8 +32,8 @@ def wandb(monkeypatch):
     def log(values, step):
         found.rows.append({"step": step} | values)
 
-    def finish():
-        found.ends += 1
+    def finish(exit_code):
+        found.ends.append(exit_code)
 
     found.init = init
     monkeypatch.setitem(sys.modules, "wandb", found)
@@ -46,7 +46,7 @@ def test_a_run_has_the_rows_of_the_job_and_goes_on_with_it(trained, make_config,
     workdirs.copy_at_step_2(trained, workdir)
     train.train(make_config(WANDB), str(workdir))
     workdirs.assert_same(workdir, trained)
-    assert wandb.rows == workdirs.rows_of(workdir)[2:] and wandb.ends == 1
+    assert wandb.rows == workdirs.rows_of(workdir)[2:] and wandb.ends == [0]
     train.train(make_config(WANDB | {"train.steps": 6}), str(workdir))
     assert [row["step"] for row in wandb.rows] == [3, 4, 5, 6]
     first, second = wandb.inits
@@ -68,11 +68,20 @@ def test_steps_that_are_done_again_are_not_told_again(trained, make_config, tmp_
 
 def test_process_0_alone_has_a_run(make_config, tmp_path, wandb, monkeypatch):
     exp = experiment.read(make_config(WANDB))
-    Metrics(exp, str(tmp_path / "a"), 0, lambda step: 0.0).close()
+    with Metrics(exp, str(tmp_path / "a"), 0, lambda step: 0.0):
+        pass
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    Metrics(exp, str(tmp_path / "b"), 0, lambda step: 0.0).close()
+    with Metrics(exp, str(tmp_path / "b"), 0, lambda step: 0.0):
+        pass
     assert len(wandb.inits) == 1 and (tmp_path / "a" / "wandb_run.txt").exists()
     assert not (tmp_path / "b").exists()
+
+
+def test_an_error_ends_the_run_as_failed(make_config, tmp_path, wandb):
+    exp = experiment.read(make_config(WANDB))
+    with pytest.raises(OSError), Metrics(exp, str(tmp_path), 0, lambda step: 0.0):
+        raise OSError("a bucket")
+    assert wandb.ends == [1]
 
 
 def test_what_is_missing_is_told_in_one_line(make_config, tmp_path, wandb, monkeypatch, capsys):

@@ -190,6 +190,7 @@ def test_unknown_scaling_is_refused(tokenizer_path, tmp_path):
         ("gemma2.expert_count", 8, ["expert_count", "mixtures"]),
         ("gemma2.rope.scaling.type", "yarn", ["rope.scaling.type='yarn'"]),
         ("gemma2.rope.scaling.type", "linear", ["rope.scaling.type='linear'", "expected none"]),
+        ("gemma2.rope.dimension_count", 6, ["rope.dimension_count=6", "the head dim"]),
         ("split.count", 3, ["is one of 3 files", "--merge"]),
         ("gemma2.feed_forward_length", 7, ["blk.0.ffn_gate.weight is", "expected (7, "]),
         ("tokenizer.ggml.tokens", None, ["tokenizer.ggml.tokens"]),
