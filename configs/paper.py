@@ -231,7 +231,7 @@ PROTOCOLS = {
     ),
     "lab_58k": smaller_lab("lab_58k", "gemma2_58k", 2800, 14_000),
     "lab_23k": smaller_lab("lab_23k", "gemma2_23k", 1120, 5600),
-    # The same proportions for 30 M parameters, on text of the Hub, which is read once.
+    # Nearly the same proportions for 30 M parameters, on text of the Hub, which is read once.
     "lab_gpu": Protocol("gemma2_30m", GPU | LAB_GPU, PRETRAIN_LAB_GPU),
     # Reasoning in miniature: the packaged decoder is trained further, with problems in half of its
     # rows, until it solves about half of them. Then a coprocessor is called once, at the end of

@@ -139,7 +139,7 @@ def _find_subject(flags: Any) -> Subject:
     )
     if "augmented" in suites.listed(flags.model) and not record["method.num_latents"]:
         raise UserError(
-            "--model=augmented: there is no coprocessor; give the --workdir that trained one"
+            "--model=augmented: no latents were trained; give a --workdir that trained some"
         )
     return Subject(record, decoder, workdir)
 
@@ -219,7 +219,7 @@ def _check_joins(wanted: Sequence[BenchmarkRow], flags: Any) -> None:
     for key in ("every", "delay"):
         value = getattr(flags, key)
         if value and not any(asked[key] for asked in wanted):
-            raise UserError(f"--{key}={value}: no selected row supports it; leave it out")
+            raise UserError(f"--{key}={value}: no selected benchmark uses it; leave it out")
 
 
 def _label(row: BenchmarkRow) -> str:

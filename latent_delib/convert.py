@@ -103,9 +103,7 @@ def convert(
     with files.atomic_folder(Path(out)) as partial_:
         if locate.is_ours(where):
             if tokenizer:
-                raise UserError(
-                    f"--tokenizer={tokenizer}: {source} is a decoder folder of ours, with its own"
-                )
+                raise UserError(f"--tokenizer={tokenizer}: leave it out; {source} has its own")
             convert_ours(where, partial_, to, dtype, wanted)
         elif to == "huggingface":
             raise UserError(
@@ -258,7 +256,7 @@ def describe(config: TransformerConfig, wanted: TransformerConfig | None, where:
     """
     differing = differences(config, wanted) if wanted is not None else []
     if differing:
-        raise UserError(f"{where}: not of that size: {'; '.join(differing)}")
+        raise UserError(f"{where}: unlike --size: {'; '.join(differing)}")
     fitting = [name for name, size in SIZES.items() if not differences(config, size)]
     size = fitting[0] if fitting else "of no known size"
     count = sum(leaf.size for leaf in jax.tree.leaves(folder.shapes(config)))

@@ -10,8 +10,8 @@ Prints the table and writes to OUT, by default the workdir: perplexity.json, per
 documents.npz with the sums of each document. With --steps or --watch these files are in
 OUT/evaluations/STEP for each checkpoint, and OUT/evaluations/curves.png shows all checkpoints.
 Steps that are already evaluated are skipped. --watch evaluates the checkpoints of a running
-training as they appear, until its last. A killed evaluation continues with the same command. Both
-folders may be gs://BUCKET/PATH.
+training as they appear, until its last. The same command continues a killed evaluation. The
+workdir and OUT may be gs://BUCKET/PATH.
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ PATIENCE = 86400.0  # default of --patience
 def main(flags: Any) -> None:
     asked = [flags.step is not None, bool(flags.steps), flags.watch]
     if sum(asked) > 1:
-        raise UserError("--step, --steps, --watch: expected one of them")
+        raise UserError("--step, --steps, --watch: expected at most one")
     if flags.steps and not re.fullmatch(r"all|\d+(,\d+)*", flags.steps):
         raise UserError(f"--steps={flags.steps}: expected all, or numbers separated by commas")
     if flags.patience != PATIENCE and not flags.watch:

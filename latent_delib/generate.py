@@ -139,7 +139,7 @@ def read_requests(flags: Any) -> list[dict[str, Any]]:
     Each is a dict with "prompt" or "messages", "seed", and any other keys of its line.
     """
     if bool(flags.prompt) == bool(flags.prompts):
-        raise UserError("expected --prompt=TEXT or --prompts=FILE, one of them, and not empty")
+        raise UserError("expected either --prompt=TEXT or --prompts=FILE, and not empty")
     arguments.whole("--seed", flags.seed, 0, arguments.SEED)
     if flags.prompt:
         return [{"prompt": flags.prompt, "seed": flags.seed}]

@@ -12,8 +12,8 @@ Ctrl-C, or one before the first step, ends the job at once.
 token files first, in WORKDIR/tokens.
 
 Exit codes: 0 done; 75 stopped by SIGTERM and saved, run again; 69 another process or the store was
-lost, run again; 130 stopped by Ctrl-C, the same command resumes; 1 an error that running again does
-not fix.
+lost, run again; 134 jax ended the process because another hangs, run again; 130 stopped by Ctrl-C,
+the same command resumes; 1 an error that running again does not fix.
 """
 
 import dataclasses

@@ -13,13 +13,13 @@
 #
 # configs/paper.py says what a protocol is. The workdir of a run is runs/paper/PROTOCOL/NAME@SEED. Below it are
 #   swap/               latents of another text: all experiments whose latents depend on the text, except inserted,
-#                       whose keys hold their position
+#                       whose keys contain a position
 #   evaluations/        every checkpoint: overlay, after and before with any number of latents, adapt_*
 #   longer/             the plain decoder reads as much more text as latents cost: overlay, after
 #   delay1/ to delay3/  latents come late: overlay, after, delay
 # Protocols problems, depth, questions, hops and plus_minus have swap/, and instead of the others
 #   benchmarks.json     problems solved, with latents and without
-#   text/               perplexity on text of a decoder that was trained on problems: decoder, decoder_lora
+#   text/               perplexity on text, after a decoder was trained on problems: decoder* of protocol problems
 # More arguments make another experiment: its workdir is runs/trials/PROTOCOL/NAME@SEED,ARGUMENTS, and the report leaves
 # it out.
 # shellcheck source=common.sh

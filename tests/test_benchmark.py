@@ -697,7 +697,7 @@ def test_a_rhythm_of_its_own(call, monkeypatch):
         return dataclasses.replace(found, config=found.config | {"method": method})
 
     monkeypatch.setattr(load, "read_record", recurring)
-    assert "every=2: latents join again after each 4" in call("chain_sum", every=2)
+    assert "every=2: latents join again after every 4" in call("chain_sum", every=2)
     assert "delay=4: expected less than every=4" in call("chain_sum", delay=4)
 
 
@@ -838,10 +838,10 @@ MISTAKES = {
     "workdir": (dict(decoder="", workdir="nowhere"), "nowhere: holds no checkpoints"),
     "latents": (dict(model="augmented"), "--model=augmented"),
     "cot": (dict(model="zero_shot_cot"), "--model=zero_shot_cot: syllogism"),
-    "unused every": (dict(every=2), "--every=2: no selected row supports it"),
+    "unused every": (dict(every=2), "--every=2: no selected benchmark uses it"),
     "unused delay": (
         dict(decoder="", workdir="trained", model="augmented", delay=2),
-        "--delay=2: no selected row supports it",
+        "--delay=2: no selected benchmark uses it",
     ),
     "questions of a known name": (dict(benchmarks="qa:x/gsm8k.jsonl"), "rename the file"),
     "questions of one name": (dict(benchmarks="qa:a/t.jsonl,qa:b/t.jsonl"), "rename the file"),

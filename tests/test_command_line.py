@@ -376,7 +376,7 @@ def test_a_config_by_name(command):
     assert found[0].config.method.num_latents == 32
     named(
         command(found.append, "--config=quick", config=(CONFIG, "")),
-        "--config=quick: no such file; by name there are base, coconut, gemma2_2b",
+        "--config=quick: no such file; known names: base, coconut, gemma2_2b",
         "quickstart",
     )
     named(

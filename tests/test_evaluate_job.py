@@ -140,7 +140,7 @@ def test_the_config_of_a_training(make_config, trained, tmp_path):
     shutil.rmtree(workdir / "checkpoints")
     with pytest.raises(ld.UserError, match="--watch: .* no checkpoint yet .* give the training's"):
         read(watch=True)
-    with pytest.raises(ld.UserError, match="holds no checkpoints; train it first; .* a --config"):
+    with pytest.raises(ld.UserError, match="holds no checkpoints; run train first; .* a --config"):
         read()
 
 
@@ -263,7 +263,7 @@ def test_one_curve_shows_one_thing(make_config, trained, evaluated):
     config["evaluate"]["max_positions"] = 3
     # as older versions wrote it
     change(file, {"text": text, "config": config, "draws": None, "step": None})
-    refused("at other random positions.*draws 1", {"evaluate.max_positions": 3})
+    refused("random positions .scheme 1", {"evaluate.max_positions": 3})
 
     config["method"]["prompt_end"] = "Answer:"  # all ends of prompts are used: nothing is drawn
     change(file, {"text": text, "config": config, "draws": None, "step": None})

@@ -41,7 +41,7 @@ def test_a_mistake_on_the_command_line_ends_with_its_line(tmp_path, monkeypatch)
     assert error("--out=out").startswith("error: DIR is missing: ")
     assert error("runs").startswith("error: --out is missing")
     assert "folders" in error("--folders=runs", "--out=out")
-    no_checkpoint = "error: empty: holds no checkpoints; train it first"
+    no_checkpoint = "error: empty: holds no checkpoints; run train first"
     assert error("runs", "--out=out", "--look=empty") == no_checkpoint
     assert error("runs", "--out=out", "--text=a") == "error: --text needs --look=WORKDIR"
     assert error("runs", "--out=file") == "error: file: is a file, expected a folder"

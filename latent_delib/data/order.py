@@ -82,8 +82,8 @@ def shares(weights: Iterable[float]) -> np.ndarray:
     share[largest_first[: BLOCK - share.sum()]] += 1
     if not share.all():
         raise UserError(
-            f"config.data.weights={tuple(weights)}: a source of less than 1/{BLOCK} would never be "
-            f"read; of {BLOCK} rows they would have {share.tolist()}"
+            f"config.data.weights={tuple(weights)}: expected each to be at least 1/{BLOCK} of the "
+            f"sum; of {BLOCK} rows the sources would get {share.tolist()}"
         )
     return share
 

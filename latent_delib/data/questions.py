@@ -112,7 +112,7 @@ def read(line: bytes, with_steps: bool) -> Question:
             found = reprlib.repr(value)
             raise ValueError(f"{field!r} is {found}, expected text in the form {form}")
     if STEPS_END in row["answer"]:
-        raise ValueError(f"'answer' holds {STEPS_END!r}: put what stands before it into 'steps'")
+        raise ValueError(f"'answer' holds {STEPS_END!r}: put the text before it into 'steps'")
     # Where steps are not read, they only bound the length of a reply. So bad steps count as none.
     if not with_steps and not isinstance(row.get("steps"), str):
         row["steps"] = ""

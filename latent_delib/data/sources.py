@@ -133,7 +133,8 @@ def parse(source: str) -> Files | Tfds | Hub:
             )
         if "://" in files[2] and "**" in files[2]:
             raise UserError(
-                f"config.data: source {source!r}: ** is for files on this machine; name each depth"
+                f"config.data: source {source!r}: ** is for files on this machine; "
+                "write one * for each folder"
             )
         return Files(*files.groups())
     raise UserError(

@@ -304,19 +304,19 @@ def _check_fits(meta: dict, where: str, seq_len: int, tokenizer: Tokenizer) -> N
     if meta["format"] != FORMAT:
         raise UserError(
             f"config.data.token_files: {where} has format {meta['format']}, expected {FORMAT}; "
-            "prepare the token files with this version, or use a newer one"
+            "prepare them again, or use a newer latent_delib"
         )
     if meta["seq_len"] != seq_len:
         raise UserError(
             f"config.data.token_files: {where} has rows of {meta['seq_len']} tokens, "
-            f"config.data.seq_len is {seq_len}; prepare token files of that length, or change it"
+            f"config.data.seq_len is {seq_len}; prepare them again, or set it to {meta['seq_len']}"
         )
     found = fingerprint(tokenizer.path)
     if found != meta["tokenizer_sha256"]:
         raise UserError(
             f"config.data.token_files: {where} was prepared with tokenizer sha256 "
             f"{meta['tokenizer_sha256']}, {tokenizer.path} has {found}; "
-            "use that one (config.decoder.tokenizer), or prepare with this one"
+            "set config.decoder.tokenizer to the former, or prepare them again"
         )
 
 

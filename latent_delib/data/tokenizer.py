@@ -203,9 +203,7 @@ class Tokenizer:
         found = arguments.token_ids("ids", ids)
         for token in found:
             if token < 0:
-                raise UserError(
-                    f"ids: token {token}, the vocabulary has {self.vocab_size}: expected at least 0"
-                )
+                raise UserError(f"ids: token {token}, expected at least 0")
         kept = [token for token in found if token < self.vocab_size and token != self.pad_id]
         return self._model.decode(kept)
 

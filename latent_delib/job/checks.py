@@ -145,8 +145,8 @@ def _check_method(m: ConfigDict) -> None:
     if m.assistant and not row.has_assistant:
         others = [name for name in METHODS if METHODS[name].has_assistant]
         raise UserError(
-            f"config.method.assistant={m.assistant}: method {m.name!r} has none; leave it empty, "
-            f"or set config.method.name={' or '.join(others)}"
+            f"config.method.assistant={m.assistant}: method {m.name!r} has no assistant; leave it "
+            f"empty, or set config.method.name={' or '.join(others)}"
         )
     if row.has_assistant and not m.assistant:
         raise UserError(
@@ -177,8 +177,8 @@ def _check_method(m: ConfigDict) -> None:
     if row.writes_keys and not PLACEMENTS[m.placement].reread:
         fit = [name for name in sorted(PLACEMENTS) if PLACEMENTS[name].reread]
         raise UserError(
-            f"config.method.placement={m.placement!r}: method {m.name!r} has no vector to predict "
-            f"the next token from; expected one that reads the last token again: {', '.join(fit)}"
+            f"config.method.placement={m.placement!r}: method {m.name!r} has no output that could "
+            f"predict the next token; expected one of {', '.join(fit)}"
         )
     _check_groups(m)
 
@@ -237,7 +237,7 @@ def _check_distill(m: ConfigDict) -> None:
         raise UserError(
             f"{given}: config.method.prompt_end={m.prompt_end!r}, expected "
             f"{questions.PROMPT_END!r}, so that latents replace the steps after it, or "
-            "config.method.visible_text above 0, which hides text from the student"
+            "config.method.visible_text above 0"
         )
 
 

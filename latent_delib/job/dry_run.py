@@ -1,8 +1,8 @@
 """Compiles a job's step for this machine or for a TPU slice, and prints its needs.
 
 The compiler for TPUs runs on any machine (`./launch/setup.sh tpu`). It reports the memory of the
-same program that the slice would run, if the job has the same form of attention: where a slice is
-not attached, `auto` is its kernel (`nn.attention.choice`).
+same program that the slice would run, if the job has the same form of attention: for a slice that
+is not attached, `auto` takes its kernel (`nn.attention.choice`).
 """
 
 import json

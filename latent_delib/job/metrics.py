@@ -161,8 +161,7 @@ class Metrics:
             return
         if self.allowed:
             raise UserError(
-                f"{problem}; config.train.max_bad_steps={self.allowed} such steps were skipped "
-                "before it"
+                f"{problem}; expected at most config.train.max_bad_steps={self.allowed} such steps"
             )
         saved = f"step {self.saved} is saved" if self.saved else "nothing is saved yet"
         raise UserError(

@@ -53,7 +53,7 @@ def prepare(config: Any, out: str) -> dict:
         print(f"{out} is already prepared from this config")
         return found
     if os.path.isfile(out) or (os.path.isdir(out) and os.listdir(out)):
-        raise UserError(f"{out} exists and holds no finished token files; name another folder")
+        raise UserError(f"{out}: exists, but holds no finished token files; name another folder")
     bad = BadRecords(data.max_bad_records)
     text.check_texts(readers.values(), tokenizer, bad)
 

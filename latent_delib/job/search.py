@@ -106,7 +106,7 @@ def search(
       UserError: a mistake in the config, a chip without figures, or nothing that fits.
     """
     if not topology:
-        raise UserError("--search: expected --topology as well, the TPU slice to search for")
+        raise UserError("--search: expected --topology too, the TPU slice to compile for")
     files.check_writable(workdir)
     began = time.perf_counter()
     devices = dry_run.slice_of(topology)

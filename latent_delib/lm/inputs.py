@@ -86,8 +86,8 @@ def check_joining(
     every = arguments.whole("every", every, 0)
     if own and every:
         raise UserError(
-            f"every={every}: latents join again after each {own} tokens, "
-            "as they were trained to; leave it 0"
+            f"every={every}: latents join again after every {own} tokens, "
+            "as in training; leave it 0"
         )
     if delay is not None:
         delay = arguments.whole("delay", delay, 0)
@@ -144,8 +144,7 @@ def token_ids(
     ids = arguments.token_ids(name, text, "text or a list of token ids")
     for token in ids:
         if not 0 <= token < vocab_size:
-            expected = f"expected 0 to {vocab_size - 1}"
-            raise UserError(f"{name}: token {token}, the vocabulary has {vocab_size}: {expected}")
+            raise UserError(f"{name}: token {token}, expected 0 to {vocab_size - 1}")
     return ids
 
 

@@ -164,7 +164,9 @@ def load_coprocessor(
         return found
     record = found.record
     if not record.assistant:
-        raise UserError(f"assistant={assistant}: method {found.method!r} has none; leave it out")
+        raise UserError(
+            f"assistant={assistant}: method {found.method!r} has no assistant; leave it out"
+        )
     method = {**record.config["method"], "assistant": arguments.path("assistant", assistant)}
     record = dataclasses.replace(record, config={**record.config, "method": method})
     return dataclasses.replace(found, record=record)
@@ -251,7 +253,7 @@ def decoder_of(workdir: str, record: Record) -> str:
         if there != record.step:
             found = "not written yet" if there is None else f"of step {there}"
             raise UserError(
-                f"{workdir}: its decoder is {found}, its checkpoint of step {record.step}; "
+                f"{workdir}: its checkpoint is of step {record.step}, its decoder {found}; "
                 "the decoder is written at the end of the training"
             )
         return f"{workdir}/decoder"

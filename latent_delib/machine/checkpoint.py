@@ -228,7 +228,7 @@ class Checkpoints:
             ours = here.get(leaf, "nothing")
             theirs = there.get(leaf, "nothing")
             if theirs != ours:
-                raise UserError(f"{where} has {theirs} for {name} {leaf}, this config {ours}")
+                raise UserError(f"{where}: {name} {leaf} is {theirs}, expected {ours}")
         return self.handler.restore(folder, args=ocp.args.StandardRestore(shapes))
 
     def _put_aside(self, damaged: Mapping[int, str], used: int) -> None:

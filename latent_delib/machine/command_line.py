@@ -274,7 +274,7 @@ def load_config(given: str) -> ConfigDict:
         known = _configs()
         if path not in known:
             names = ", ".join(known)
-            raise UserError(f"--config={given}: no such file; by name there are {names}")
+            raise UserError(f"--config={given}: no such file; known names: {names}")
         path = str(known[path])
     if str(ROOT) not in sys.path:
         # `from configs import base` works then, in whatever folder the command is started

@@ -80,7 +80,7 @@ def check_free(folder: Path, replace: bool = False) -> None:
     """
     if str(folder).partition("/")[0].endswith(":"):
         given = str(folder).replace(":/", "://", 1)
-        raise UserError(f"{given}: expected a local folder; copy it from there")
+        raise UserError(f"{given}: expected a local folder; copy that there")
     if folder.is_mount():
         raise UserError(
             f"{folder}: a mount point cannot be put in place whole; name a folder in it"

@@ -96,4 +96,4 @@ def why_no_checkpoint(workdir: str) -> str:
         return f"is inside the workdir {inside[1]}; name that{step}"
     if os.path.isfile(f"{workdir}/config.json"):
         return "is a decoder's folder, without checkpoints; name the workdir of a training job"
-    return "holds no checkpoints; train it first"
+    return "holds no checkpoints; run train first"

@@ -52,8 +52,8 @@ def require_same(folder: epath.Path, record: Record, text: str = "") -> None:
         draws = result.get("draws", 1)
         if is_drawn and draws != expected:
             raise UserError(
-                f"{file}: it was evaluated at other random positions, which an older version drew "
-                f"(draws {draws}, now {expected}); give another --out"
+                f"{file}: an older version drew its random positions (scheme {draws}, now "
+                f"{expected}); give another --out"
             )
         if text and result.get("text", text) != text:
             raise UserError(
@@ -109,11 +109,9 @@ def _require_begun(workdir: str, folder: epath.Path, patience: float | None) -> 
     """Raises UserError unless there is a checkpoint or an evaluation, or one may still come."""
     if patience is None:
         if not (saved_steps.whole_steps(workdir) or read_results(folder)):
-            raise UserError(f"--workdir={workdir}: holds no checkpoints; train it first")
+            raise UserError(f"--workdir={workdir}: holds no checkpoints; run train first")
     elif not files.is_folder(epath.Path(workdir)):
-        raise UserError(
-            f"--watch: --workdir={workdir}: no such folder; start the training first, it makes it"
-        )
+        raise UserError(f"--watch: --workdir={workdir}: no such folder; start the training first")
 
 
 def _missing(

@@ -207,6 +207,6 @@ def donors(seed: int, text: ValidationText, places: np.ndarray) -> np.ndarray:
             if places[piece] and not enough.max():
                 raise UserError(
                     f"config.evaluate.swap: {name!r} of config.data.validation "
-                    "has one document with a prompt's end among the pieces"
+                    "has one document with a prompt's end, expected two or more"
                 )
     return found

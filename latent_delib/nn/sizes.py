@@ -308,7 +308,7 @@ SIZES: dict[str, TransformerConfig] = {
     "gemma2_58k": _size(_GEMMA2, 2, 32, 2, 1, 16, 96, 1024, window=64),
     "gemma2_23k": _size(_GEMMA2, 2, 16, 1, 1, 16, 48, 1024, window=64),
     "gemma2_3m": _size(_GEMMA2, 4, 192, 4, 2, 64, 768, 4096, window=128),
-    # Protocol lab_gpu of configs/paper: its text has nearly 1,000 tokens for each parameter.
+    # Protocol lab_gpu of configs/paper: its text has some 840 tokens for each parameter.
     "gemma2_30m": _size(_GEMMA2, 8, 512, 8, 4, 64, 1792, 4096, window=256),
     # For tests: most features of the architecture in about 50,000 parameters.
     "gemma2_test": _size(_GEMMA2, 4, 32, 4, 2, 16, 48, 97, window=5, query_scale=0.2),

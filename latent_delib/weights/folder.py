@@ -72,7 +72,7 @@ def fingerprint(folder: Path) -> str:
     size = model.stat().st_size
     if stored.get("model_bytes") != size:
         raise UserError(
-            f"{model}: has {size} bytes, {stored.get('model_bytes')} in {FINGERPRINT}; {REMEDY}"
+            f"{model}: has {size} bytes, expected {stored.get('model_bytes')}; {REMEDY}"
         )
     return stored["sha256"]
 

@@ -192,7 +192,7 @@ def _files(where: Path) -> dict[str, TensorFile]:
     differing = sorted(listed.items() ^ there)
     if differing:
         places = ", ".join(f"{name} in {file}" for name, file in differing)
-        raise UserError(f"{index}: differs from the files: {places}")
+        raise UserError(f"{index}: index and files disagree on {places}")
     return {name: opened[file] for name, file in listed.items()}
 
 
@@ -304,9 +304,7 @@ def _pattern(c: Fields, where: str) -> tuple[str, ...]:
             raise UserError(f"{where}: use_sliding_window=True needs layer_types")
         period = checked("sliding_window_pattern", c.get("sliding_window_pattern", 1), int, where)
         if not 1 <= period <= 1000:
-            raise UserError(
-                f"{where}: sliding_window_pattern={period}, expected a number of layers"
-            )
+            raise UserError(f"{where}: sliding_window_pattern={period}, expected 1 to 1000")
         return ("local",) * (period - 1) + ("global",)
     kinds = c["layer_types"]
     num_layers = c.get("num_hidden_layers")
@@ -327,7 +325,7 @@ def _scaling(rope: Fields, where: str) -> tuple[float, ...]:
     if not is_known or rope.get("partial_rotary_factor", 1) != 1:
         raise UserError(
             f"{where}: rotary positions {dict(rope)}, "
-            f"expected the type to be one of {', '.join(SCALINGS)}"
+            f"expected the type {', '.join(SCALINGS)}, and no partial_rotary_factor"
         )
     values = [checked(key, rope.get(key), float, where) for key in SCALINGS[kind]]
     return (*values, 1.0, 4.0, 0.0) if kind == "linear" else tuple(values)
@@ -386,7 +384,7 @@ def config_json(c: TransformerConfig, dtype: str, token_ids: Mapping[str, int]) 
         back = dataclasses.replace(back, window=c.window, local_rope_base=c.local_rope_base)
     differing = differences(back, c)
     if differing:
-        raise UserError(f"cannot be expressed as {class_name}: {'; '.join(differing)}")
+        raise UserError(f"--to=huggingface: {class_name} has no such form: {'; '.join(differing)}")
     return fields
 
 

@@ -117,7 +117,7 @@ def test_the_answer_is_found_in_a_reply(with_steps):
         (line(steps=["3", "####"]), True, "'steps' holds '####'"),
         (line(steps=[]), True, "'steps' is '', expected text"),
         (line(steps=7), True, "'steps' is 7, expected text"),
-        (line(answer="3 and 4 #### 7"), False, "'answer' holds '####': put what stands before it"),
+        (line(answer="3 and 4 #### 7"), False, "'answer' holds '####': put the text before it"),
         (line(answer=7 * [999999999]), False, "9, ...], expected text"),
         (line(answer="\ud800"), False, "not UTF-8"),
         (line(question="a\0"), False, "holds NUL"),

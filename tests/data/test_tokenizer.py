@@ -188,7 +188,7 @@ def test_what_is_not_text_leaves_no_trace(every, kind):
 @pytest.mark.parametrize(
     "ids, words",
     [
-        ([5, -1], "ids: token -1, the vocabulary has 500: expected at least 0"),
+        ([5, -1], "ids: token -1, expected at least 0"),
         ([2.7], r"ids=\[2.7\]: expected a list of token ids"),
         (b"abc", "ids=b'abc': expected a list of token ids"),
         (3, "ids=3: expected a list of token ids"),

@@ -58,7 +58,7 @@ def test_options(lm, options, said):
 
 
 def test_a_rhythm_for_latents_that_recur(recurring):
-    said = "every=2: latents .* after each 3 tokens"
+    said = "every=2: latents .* after every 3 tokens"
     refused(said, recurring.generate, PROMPTS, NEW, every=2)
 
 
@@ -77,7 +77,7 @@ REFUSED_PROMPTS = [
     ([["a"]], r"prompts\[0\]=\['a'\]: expected text or a list of token ids"),
     ([[2.7, 5.9]], r"prompts\[0\]=\[2.7, 5.9\]: expected text or a list"),
     ([[True, False]], r"prompts\[0\]=\[True, False\]: expected text or a list of token ids"),
-    ([[2, 320]], r"prompts\[0\]: token 320, the vocabulary has 320"),
+    ([[2, 320]], r"prompts\[0\]: token 320, expected 0 to 319"),
 ]
 
 
@@ -89,7 +89,7 @@ def test_prompts(lm, prompts, said):
 SCORED = [
     ([[]], ["a"], r"prompts\[0\]: holds no token, not even BOS"),
     (["a"], 3, "continuations=3: expected a list"),
-    (["a"], [[-1]], r"continuations\[0\]: token -1, the vocabulary"),
+    (["a"], [[-1]], r"continuations\[0\]: token -1, expected 0 to"),
     (["a", "b"], ["c"], "2 prompts, but 1 continuations"),
     (["a", "b"], ["c", ""], r"continuations\[1\] is empty"),
 ]

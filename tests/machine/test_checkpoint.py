@@ -465,17 +465,17 @@ def test_another_tree_or_meta_is_no_damage(saved, monkeypatch):
     other = tree | {
         "coprocessor": tree["coprocessor"] | {"w": jax.ShapeDtypeStruct((64, 32), jnp.float32)}
     }
-    words = r"checkpoint 4 has float32\[64, 64\] for trainable coprocessor.w, "
-    words += r"this config float32\[64, 32\]"
+    words = r"checkpoint 4: trainable coprocessor.w is float32\[64, 64\], "
+    words += r"expected float32\[64, 32\]"
     with pytest.raises(UserError, match=words):
         checkpoints.restore_newest(wanted | {"trainable": other})
     with pytest.raises(
         UserError,
-        match=r"checkpoint 4 has nothing for trainable more, this config float32\[64, 64\]",
+        match=r"checkpoint 4: trainable more is nothing, expected float32\[64, 64\]",
     ):
         checkpoints.restore_newest({"trainable": tree | {"more": tree["coprocessor"]["w"]}})
     with pytest.raises(
-        UserError, match=r"^--workdir=.* bfloat16\[8, 8\] for optimizer 0.nu.*, this config nothing"
+        UserError, match=r"^--workdir=.*: optimizer 0.nu.* is bfloat16\[8, 8\], expected nothing"
     ):
         checkpoints.restore_newest({"optimizer": (state[0]._replace(nu={}), state[1])})
 

@@ -328,8 +328,8 @@ def test_many_files_with_an_index(hf, tmp_path):
         (index | {name: "c.safetensors"}, ["c.safetensors", "does not exist"]),
         (index | {name: ".."}, ["/..", "safetensors"]),
         (index | {name: 3}, ["weight_map"]),
-        ({n: f for n, f in index.items() if n != name}, ["differs", f"{name} in {index[name]}"]),
-        (index | {"extra": "a.safetensors"}, ["differs", "extra in a.safetensors"]),
+        ({n: f for n, f in index.items() if n != name}, ["disagree", f"{name} in {index[name]}"]),
+        (index | {"extra": "a.safetensors"}, ["disagree", "extra in a.safetensors"]),
         (["a.safetensors"], ["weight_map"]),
     ):
         (sharded / "model.safetensors.index.json").write_text(json.dumps({"weight_map": changed}))
@@ -544,7 +544,7 @@ def test_arguments_that_are_refused(hf, tmp_path):
     refused(where, out, "--size='gemma2_2c'", "gemma2_2b", size="gemma2_2c")
     refused(where, out, "--dtype='int8'", "bfloat16", dtype="int8")
     refused(where, out, "--to='onnx'", "huggingface", to="onnx")
-    refused(where, out, "not of that size", "embed_dim=24, expected 2304", size="gemma2_2b")
+    refused(where, out, "unlike --size", "embed_dim=24, expected 2304", size="gemma2_2b")
     refused(where, out, "no decoder folder of ours", to="huggingface")
     refused(where, out, "tokenizer nowhere.model", "does not exist", tokenizer="nowhere.model")
     (where / "tokenizer.model").unlink()
