@@ -74,19 +74,19 @@ def main(flags: Any) -> None:
     subject = _find_subject(flags)
     flags.max_length = min(flags.max_length, build.longest_text(subject.record))
     rows = _read_rows(epath.Path(flags.out) / FILE, subject)
-    harness = _import_harness(flags.confirm_run_unsafe_code)
-    tasks = _load_tasks(harness, chosen, flags)
+    harness, harness_tasks = _import_harness(flags.confirm_run_unsafe_code)
+    loaded = _load_tasks(harness_tasks, chosen, flags)
     wanted = []
     for name, row in chosen.items():
         for model in suites.listed(flags.model):
-            kinds = harness.kinds(tasks[name])
+            kinds = harness_tasks.kinds(loaded[name])
             wanted.append(_wanted_row(name, row, model, kinds, table["COT"], flags))
     _check_joins(wanted, flags)
     missing = [asked for asked in wanted if not _is_there(rows, asked, flags.out)]
     if missing:
         lm = _load_model(subject, missing, flags)
         for asked in missing:
-            made, samples = _measure(lm, harness, tasks[asked["benchmark"]], asked, flags)
+            made, samples = _measure(lm, harness, loaded[asked["benchmark"]], asked, flags)
             rows = _save(epath.Path(flags.out), subject, made, samples)
     print(format_rows(list(rows.values())), flush=True)
 
@@ -144,31 +144,38 @@ def _find_subject(flags: Any) -> Subject:
     return Subject(record, decoder, workdir)
 
 
-def _import_harness(unsafe_code: bool) -> ModuleType:
-    """Imports `measure.harness`; with `unsafe_code`, code that a model writes may run."""
+def _import_harness(unsafe_code: bool) -> tuple[ModuleType, ModuleType]:
+    """Imports `measure.harness` and `measure.harness_tasks`.
+
+    unsafe_code: whether code that a model writes may run.
+    """
     if unsafe_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     os.environ.setdefault("TQDM_DISABLE", "1")  # we print the progress
     with extra("eval"):
-        from latent_delib.measure import harness
-    return harness
+        from latent_delib.measure import harness, harness_tasks
+    return harness, harness_tasks
 
 
-def _load_tasks(harness: ModuleType, chosen: dict[str, BenchmarkRow], flags: Any) -> dict[str, Any]:
+def _load_tasks(
+    harness_tasks: ModuleType, chosen: dict[str, BenchmarkRow], flags: Any
+) -> dict[str, Any]:
     """Loads the tasks and their data, by the name of the benchmark.
 
     Raises:
-      UserError: data that cannot be read or fetched; answers longer than --max_length.
+      UserError: data that cannot be read or fetched; a task without what the table asks of it;
+        answers longer than --max_length.
     """
     loaded = {}
     for name, row in chosen.items():
         if row["set"] == "offline":
-            loaded[name] = harness.load_local_task(row["task"], flags.tasks)
+            loaded[name] = harness_tasks.load_local_task(row["task"], flags.tasks)
+            harness_tasks.check_row(loaded[name], row, f"--table={flags.table}")
         elif row["set"] == "questions":
-            loaded[name] = harness.load_questions(row["task"].removeprefix(QUESTIONS_PREFIX))
+            loaded[name] = harness_tasks.load_questions(row["task"].removeprefix(QUESTIONS_PREFIX))
         else:
-            loaded[name] = harness.load_public_task(row["task"])
-        answer = harness.longest_answer(loaded[name])
+            loaded[name] = harness_tasks.load_public_task(row["task"])
+        answer = harness_tasks.longest_answer(loaded[name])
         if answer + 2 > flags.max_length:  # BOS, and one token that asks
             raise UserError(
                 f"--max_length={flags.max_length}: {name} has answers of up to {answer} tokens"
@@ -187,7 +194,7 @@ def _wanted_row(
     Args:
       name, row: the benchmark's name and its row of the table.
       model: one of MODELS.
-      kinds: the kinds of its questions; see `harness.kinds`.
+      kinds: the kinds of its questions; see `harness_tasks.kinds`.
       cot: the words of zero-shot CoT.
     """
     is_cot = model == "zero_shot_cot"
@@ -268,13 +275,14 @@ def _is_there(rows: dict[str, BenchmarkRow], asked: BenchmarkRow, out: str) -> b
     old = rows.get(_label(asked))
     if old is None:
         return False
-    if old["limit"] is not None and (asked["limit"] is None or asked["limit"] > old["limit"]):
-        return False
+    is_shorter = old["limit"] is not None and (
+        asked["limit"] is None or asked["limit"] > old["limit"]
+    )
     for key, here in asked.items():
-        if old.get(key) != here:
+        if old.get(key) != here and not (key == "limit" and is_shorter):
             has = f"has {_label(asked)} with another {key} ({old.get(key)}, here {here})"
             raise UserError(f"--out={out}: {has}; name another --out")
-    return True
+    return not is_shorter
 
 
 def _load_model(subject: Subject, missing: Sequence[BenchmarkRow], flags: Any) -> AugmentedLM:

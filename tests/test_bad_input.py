@@ -129,6 +129,12 @@ def test_train_refuses(error, config_file, tmp_path, argument, words):
     named(line, *words)
 
 
+def test_a_source_that_is_no_string(error, config_file, tmp_path):
+    config = config_file({"data.token_files": "", "data.sources": (("lines:a", "lines:b"),)})
+    line = error("train", f"--config={config}", f"--workdir={tmp_path / 'w'}")
+    named(line, "config.data: source", "is tuple, expected a string")
+
+
 def test_config_files_and_flags(error, config_file, tmp_path):
     named(error("train", "--config=no.py", "--workdir=w"), "--config=no.py", "no such file")
     named(error("train", f"--config={config_file()}"), "--workdir is missing")

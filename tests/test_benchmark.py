@@ -20,7 +20,7 @@ from latent_delib import benchmark
 from latent_delib.data.questions import Question
 from latent_delib.delib.methods import METHODS
 from latent_delib.lm import load, scoring
-from latent_delib.measure import harness, scores, suites
+from latent_delib.measure import harness, harness_tasks, scores, suites
 from latent_delib.results import published
 from tests.run_command import run_command
 from tools import make_tasks
@@ -123,7 +123,7 @@ def test_equals_the_harness_own_model(smollm2, tmp_path, name, first, count):
     make_tasks.write_task(
         tmp_path, name, stored["rows"] | {"test": stored["rows"]["test"][first:last]}
     )
-    loaded = harness.load_local_task(name, str(tmp_path))
+    loaded = harness_tasks.load_local_task(name, str(tmp_path))
     (task,) = loaded["tasks"].values()
     if changed := stored["generation_kwargs"]:
         task.set_config("generation_kwargs", changed, update=True)
@@ -143,7 +143,7 @@ def test_equals_the_harness_own_model(smollm2, tmp_path, name, first, count):
 def test_figures_of_the_stored_answers_are_the_harness_own(says, monkeypatch, tmp_path, name):
     stored = STORED[name]
     make_tasks.write_task(tmp_path, name, stored["rows"])
-    loaded = harness.load_local_task(name, str(tmp_path))
+    loaded = harness_tasks.load_local_task(name, str(tmp_path))
     answers = sum(stored["answers"], [])
 
     def replay(self, requests, **_):
@@ -394,7 +394,7 @@ def rows_of_the_paper():
 @pytest.mark.parametrize("name", rows_of_the_paper())
 def test_published_row(says, made_up, name):
     row = TABLE["PUBLISHED"][name]
-    loaded = harness.load_public_task(row.get("task", name))
+    loaded = harness_tasks.load_public_task(row.get("task", name))
     adapter = harness.Adapter(says, False)
     samples = harness.run_tasks(adapter, loaded, row["shots"], 2, unsafe_code=True)
     counted = [s for s in samples if s["filter"] == row.get("filter", "none")]
@@ -413,7 +413,7 @@ def test_no_worked_example_is_the_asked_question(says, tmp_path):
     """A task with a test split alone shows other documents of it."""
     rows = [{"question": f"Number {n}?", "choices": ["a", "b"], "gold": 0} for n in range(6)]
     make_tasks.write_task(tmp_path, "syllogism", {"test": rows})
-    loaded = harness.load_local_task("syllogism", str(tmp_path))
+    loaded = harness_tasks.load_local_task("syllogism", str(tmp_path))
     for sample in harness.run_tasks(harness.Adapter(says, False), loaded, 4):
         prompt = sample["arguments"][0][0]
         assert prompt.count("Number ") == 5
@@ -424,7 +424,7 @@ def test_a_task_of_dates_has_text(tmp_path):
     """`datasets` would make times of them, if it read the file."""
     rows = {"test": [{"question": "When?", "answer": "2020-01-02"}]}
     make_tasks.write_task(tmp_path, "chain_sum", rows)
-    loaded = harness.load_local_task("chain_sum", str(tmp_path))["tasks"]["chain_sum"]
+    loaded = harness_tasks.load_local_task("chain_sum", str(tmp_path))["tasks"]["chain_sum"]
     (doc,) = loaded.eval_docs
     assert doc == rows["test"][0]
 
@@ -435,7 +435,7 @@ def test_a_data_file_of_another_name_is_refused(tmp_path):
     path = tmp_path / "syllogism.yaml"
     path.write_text(path.read_text().replace("syllogism.test.jsonl", "mine.jsonl"))
     with pytest.raises(ld.UserError, match="data file 'mine.jsonl': expected syllogism.test.jsonl"):
-        harness.load_local_task("syllogism", str(tmp_path))
+        harness_tasks.load_local_task("syllogism", str(tmp_path))
 
 
 def test_published_rows_are_the_papers():
@@ -601,7 +601,7 @@ def test_questions_of_your_own(call, lm, tmp_path, monkeypatch):
     assert asked == [(prompts, max(longest, len(" it ran #### a hill\n")), ["\n"])]
     dates = [{"question": word, "answer": "2020-01-02"} for word in ("the cat", "rain")]
     file.write_text("".join(json.dumps(row) + "\n" for row in dates))
-    loaded = harness.load_questions(str(file))["tasks"]["mine"]
+    loaded = harness_tasks.load_questions(str(file))["tasks"]["mine"]
     assert [loaded.doc_to_target(doc) for doc in loaded.eval_docs] == ["2020-01-02"] * 2
     file.write_text('{"question": "the cat"}\n')
     assert re.search(r"mine.jsonl: line 1: 'answer' is None", call(f"qa:{file}"))
@@ -670,7 +670,7 @@ def test_answers_are_scored_after_the_prompt_as_it_is_asked(says, tmp_path):
     rows = [{"question": "the cat sat on a mat " * 20, "answer": answer} for answer in answers]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     says.max_length = 40
-    loaded, adapter = harness.load_questions(str(file)), harness.Adapter(says)
+    loaded, adapter = harness_tasks.load_questions(str(file)), harness.Adapter(says)
     assert adapter.answer_logprobs(loaded, limit=1) == [0] and len(says.prompts) == 1
     assert adapter.answer_logprobs(loaded) == [0, -1]
     assert says.tails == [says.tokenizer.encode_in_text(f" {answer}\n") for answer in answers]
@@ -796,7 +796,23 @@ def test_a_row_that_another_call_makes_meanwhile(call, monkeypatch):
             "syllogism.yaml",
         ),
         ("chain_sum", '{"answer": "3", "text": "a"}', "chain_sum.test.jsonl"),
-        ("held_out_text", "", "held_out_text.yaml"),  # an empty file
+        ("syllogism", "[]", "syllogism.test.jsonl: line 2"),
+        (
+            "syllogism",
+            '{"question": "a", "choices": ["b"], "gold": 1}',
+            "syllogism.test.jsonl: line 2",
+        ),
+        (
+            "syllogism",
+            '{"question": "a", "choices": ["b"], "gold": null}',
+            "syllogism.test.jsonl: line 2",
+        ),
+        (
+            "syllogism",
+            '{"question": "a", "choices": [], "gold": 0}',
+            "syllogism.test.jsonl: line 2",
+        ),
+        ("held_out_text", "", "held_out_text.test.jsonl"),  # an empty file
     ],
 )
 def test_a_damaged_task_is_named(call, tmp_path, name, text, file):
@@ -809,6 +825,37 @@ def test_a_damaged_task_is_named(call, tmp_path, name, text, file):
         path.write_text(f"{first}\n{text}\n" if text else "")
     assert call(name, tasks=tmp_path).startswith(f"error: {tmp_path / file}: ")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ({"metric": "acc"}, "syllogism lacks shots"),
+        (
+            {"shots": 0, "metric": "accuracy"},
+            "syllogism: metric='accuracy', the task has ['acc'",
+        ),
+        (
+            {"shots": 0, "metric": "acc", "filter": "strict"},
+            "syllogism: filter='strict', the task has ['none']",
+        ),
+        ({"shots": 5, "metric": "acc"}, "syllogism: shots=5, the task has 4 to show"),
+    ],
+)
+def test_a_table_asks_of_a_task_what_it_has(call, tmp_path, row, words):
+    table = tmp_path / "table.py"
+    table.write_text(f"PUBLISHED, COT, OFFLINE = {{}}, '', {{'syllogism': {row}}}")
+    assert f"--table={table}: {words}" in call("syllogism", table=table)
+
+
+def test_the_asked_document_is_not_among_those_to_show(call, tmp_path):
+    """Without a split to train on, documents that are asked are shown."""
+    make_tasks.write_task(tmp_path, "syllogism", {"test": ROWS["syllogism"]["test"]})
+    table = tmp_path / "table.py"
+    row = {"shots": 4, "metric": "acc"}
+    table.write_text(f"PUBLISHED, COT, OFFLINE = {{}}, '', {{'syllogism': {row}}}")
+    line = call("syllogism", table=table, tasks=tmp_path)
+    assert "syllogism: shots=4, the task has 3 to show" in line
 
 
 MISTAKES = {
@@ -861,7 +908,7 @@ def test_bad_flags_write_nothing(call, decoder_folder, trained, tmp_path, name):
 
 def test_a_task_that_the_harness_does_not_have():
     with pytest.raises(ld.UserError, match="arc_hard"):
-        harness.load_public_task("arc_hard")
+        harness_tasks.load_public_task("arc_hard")
 
 
 def test_a_metric_that_a_task_does_not_have():
@@ -880,4 +927,4 @@ def test_without_the_network(monkeypatch):
     with pytest.raises(
         ld.UserError, match="arc_easy: .*Couldn't reach 'allenai.* HF_HUB_OFFLINE=1"
     ):
-        harness.load_public_task("arc_easy")
+        harness_tasks.load_public_task("arc_easy")

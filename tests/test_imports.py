@@ -66,7 +66,7 @@ def test_no_door_imports_another():
     [
         ({"tensorflow", "tensorflow_text"}, {"data/tensorflow"}),
         ({"tensorflow_datasets", "array_record"}, {"data/tfds_datasets"}),
-        ({"datasets"}, {"data/hub_datasets", "measure/harness"}),
+        ({"datasets"}, {"data/hub_datasets", "measure/harness_tasks"}),
         ({"seqio"}, {"data/tasks"}),
         ({"torch", "transformers"}, set()),
         ({"orbax"}, {"machine/checkpoint", "weights/deepmind"}),

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from latent_delib.data.sources import parse
+from latent_delib.data.sources import parse, require_string
 from latent_delib.errors import UserError
 
 
@@ -28,10 +28,7 @@ def check_data(data: Any) -> None:
     sources, weights = list(data.sources), list(data.weights)
     for field, listed in (("sources", sources), ("validation", list(data.validation))):
         for source in listed:
-            if not isinstance(source, str):
-                raise UserError(
-                    f"config.data: source {source!r} is {type(source).__name__}, expected a string"
-                )
+            require_string(source)
             parse(source)
             if listed.count(source) > 1:
                 raise UserError(

@@ -23,7 +23,7 @@ import pathlib
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -105,6 +105,13 @@ class Hub(NamedTuple):
         """Returns the name of the split, which is the same for all revisions."""
         name = os.path.realpath(self.name) if self.is_local else self.name
         return f"hf:{name}/{self.config}:{self.split}"
+
+
+def require_string(source: Any) -> None:
+    """Raises UserError unless a source is a string."""
+    if not isinstance(source, str):
+        kind = type(source).__name__
+        raise UserError(f"config.data: source {source!r} is {kind}, expected a string")
 
 
 @functools.cache  # it is asked again for each document
@@ -233,6 +240,7 @@ def common_folder(paths: Iterable[str]) -> str:
 def check_files(sources: Iterable[str]) -> None:
     """Raises UserError unless each source has a known form, and its local files exist."""
     for source in sources:
+        require_string(source)
         meant = parse(source)
         if isinstance(meant, Files) and "://" not in meant.pattern:
             only_files(source, local_files(meant.pattern))

@@ -292,7 +292,8 @@ def _open(
         if source not in numbers:
             raise UserError(
                 f"config.data: source {source!r} is not in {where}, which has "
-                f"{', '.join(map(repr, numbers))}; name sources as they were when it was prepared"
+                f"{', '.join(map(repr, numbers))}; name sources as they were when it was prepared, "
+                "or read this one as text: --config.data.token_files="
             )
         name = f"{split}/{numbers[source]}"
         found.append(Stored(source, name, f"{where}/{name}", meta[split][numbers[source]]))

@@ -149,7 +149,7 @@ class Metrics:
         elif not (self.predicted or self.saved):
             raise UserError(
                 f"step {step}: no token was predicted since step {self.row_begin}: no document "
-                f"has text after {self.prompt_end}"
+                f"has text after {self.prompt_end}; within a line, write the space before it too"
             )
 
     def _skip(self, problem: str) -> None:

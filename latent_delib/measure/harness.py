@@ -1,40 +1,35 @@
-"""Runs the lm-eval harness over our models: loads its tasks, and adapts a model to it.
+"""Runs the lm-eval harness over our models.
 
 This module is imported only where it is used. Its prompts are, token for token, the prompts of the
 harness's `hf` model with add_bos_token=True, with two exceptions: BOS stays when a prompt is cut,
 and each piece of a long text begins with BOS.
 """
 
-import contextlib
 import functools
 import itertools
 import json
-import logging
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-import datasets
-import yaml
 from lm_eval import evaluator
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
-from lm_eval.tasks import TaskManager
 
-from latent_delib.data import questions
-from latent_delib.data.questions import Question
-from latent_delib.errors import UserError, reason
+from latent_delib.errors import UserError
 from latent_delib.lm import sampling
 from latent_delib.lm.model import AugmentedLM
 from latent_delib.machine.progress import Progress
+from latent_delib.measure.harness_tasks import (
+    MAX_NEW_TOKENS,
+    Tasks,
+    exclude_asked_document,
+    longest_answer,
+    question_of,
+)
 
-MAX_NEW_TOKENS = 256  # for a task that sets no limit, as in the harness's own models
 SHOTS_SEED = 1234  # the harness's own
-
-# The form in which the harness loads tasks: under "tasks" each task by name, and their groups.
-Tasks = dict[str, Any]
 
 
 class Adapter(TemplateLM):
@@ -152,7 +147,7 @@ class Adapter(TemplateLM):
         the reply is generated. Latents join at its end, and `every` and `delay` do not count.
 
         Args:
-          loaded: from `load_questions`.
+          loaded: from `harness_tasks.load_questions`.
           limit: as for `run_tasks`.
 
         Raises:
@@ -162,7 +157,7 @@ class Adapter(TemplateLM):
         room = longest_answer(loaded)
         requests = []
         for number, doc in enumerate(itertools.islice(task.eval_docs, limit)):
-            question = _question(doc)
+            question = question_of(doc)
             reply = self.lm.tokenizer.encode_in_text(question.reply(with_steps=False))
             prompt = self._cut(self.tok_encode(question.prompt()), max(room, len(reply)))
             if len(reply) + 2 > self.lm.max_length:  # BOS, and one token that asks
@@ -186,178 +181,13 @@ class Adapter(TemplateLM):
         return [*context[:1], *context[1 + too_many :]]
 
 
-def load_local_task(task: str, folder: str) -> Tasks:
-    """Loads a task that `make_tasks` wrote to a folder, with its data.
-
-    Raises:
-      UserError: a file is missing, or not what `make_tasks` writes.
-    """
-    path = Path(folder) / f"{task}.yaml"
-    if not path.is_file():
-        raise UserError(
-            f"{path}: no such file; tools.make_tasks makes the tasks of configs/benchmarks.py, and "
-            "tools.make_problems those of configs/problems.py; --tasks names the folder"
-        )
-    rows = {}
-    with _loading(path):
-        spec = yaml.safe_load(path.read_text())
-        for split, name in spec["dataset_kwargs"]["data_files"].items():
-            if Path(name).name != name or not name.startswith(f"{task}."):  # others have no digest
-                raise UserError(f"{path}: data file {name!r}: expected {task}.{split}.jsonl")
-            rows[split] = _read_json_lines(path.parent / name)
-        return _load(spec, rows)
-
-
-def load_questions(path: str) -> Tasks:
-    """Makes a task of a file of questions and answers (see `data.questions`).
-
-    Raises:
-      UserError: the file is missing or empty, or a line has another form or text that is not
-        Unicode.
-    """
-    asked = []
-    try:
-        lines = Path(path).read_bytes().splitlines()
-    except OSError as error:
-        raise UserError(f"--benchmarks=qa:{path}: {reason(error)}") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            question = questions.read(line, with_steps=False)
-        except ValueError as error:
-            raise UserError(f"{path}: line {number}: {error}") from None
-        asked.append(question)
-    if not asked:
-        raise UserError(f"{path}: holds no questions")
-    replies = [question.reply(bool(question.steps)) for question in asked]
-    with _loading(path):
-        rows = [question._asdict() for question in asked]
-        return _load(_task_of_questions(path, replies), {"test": rows})
-
-
-def _load(spec: dict[str, Any], rows: Mapping[str, Sequence[dict[str, Any]]]) -> Tasks:
-    """Loads a task of these rows, by split.
-
-    The library `datasets` is not given the file: it would turn a column of dates into other text.
-    """
-    found = {split: datasets.Dataset.from_list(list(some)) for split, some in rows.items()}
-    ours = {"dataset_path": None, "dataset_kwargs": None, "custom_dataset": lambda **_: found}
-    logging.disable(logging.WARNING)  # the harness has one for each task with rows of its own
-    try:
-        return TaskManager(include_defaults=False).load([spec | ours])
-    finally:
-        logging.disable(logging.NOTSET)
-
-
-def _task_of_questions(path: str, replies: Sequence[str]) -> dict[str, Any]:
-    """Returns a task, as the harness's own yaml files describe one, of a file of questions."""
-    return {
-        "task": Path(path).stem,
-        "test_split": "test",
-        "output_type": "generate_until",
-        # Functions, not templates: the harness turns a target in brackets into a list.
-        "doc_to_text": lambda doc: _question(doc).prompt(),
-        "doc_to_target": lambda doc: _question(doc).reply(with_steps=False).strip(),
-        "target_delimiter": " ",
-        "generation_kwargs": {
-            "until": [questions.STOP],
-            "max_gen_toks": questions.enough_tokens(replies),
-        },
-        "filter_list": [
-            {
-                "name": "none",
-                "filter": [
-                    {"function": "regex", "regex_pattern": questions.ANSWER},
-                    {"function": "take_first"},
-                ],
-            }
-        ],
-        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
-        "metadata": {"version": 1.0},
-    }
-
-
-def _question(doc: dict[str, Any]) -> Question:
-    return Question(doc["question"], doc["answer"])
-
-
-@contextlib.contextmanager
-def _loading(path: str | Path) -> Iterator[None]:
-    """Turns any error of loading a task into a UserError that names the file."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # yaml and datasets raise many kinds
-        raise UserError(f"{path}: the task cannot be loaded ({reason(error)})") from None
-
-
-def _read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Reads a file of JSON lines.
-
-    Raises:
-      UserError: the file is missing or damaged, or a line lacks a field that the first one has.
-    """
-    try:
-        rows = [json.loads(line) for line in path.read_bytes().splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {reason(error)}") from None
-    for number, row in enumerate(rows, 1):
-        missing = rows[0].keys() - row.keys()
-        if missing:
-            raise UserError(f"{path}: line {number} has no {min(missing)!r}, which line 1 has")
-    return rows
-
-
-def load_public_task(task: str) -> Tasks:
-    """Loads a task or group of tasks of the harness, with its data from the network or its cache.
-
-    Raises:
-      UserError: there is no task of that name, or its data cannot be fetched.
-    """
-    if task not in _public_tasks().all_tasks:
-        raise UserError(f"task {task}: lm-eval has none of that name")
-    try:
-        return _public_tasks().load([task])
-    except Exception as error:  # datasets raises many kinds
-        remedy = "go online once; without a network, HF_HUB_OFFLINE=1 uses data fetched before"
-        raise UserError(
-            f"task {task}: its data cannot be loaded ({reason(error)}); {remedy}"
-        ) from None
-
-
-@functools.cache
-def _public_tasks() -> TaskManager:
-    """Returns the harness's own tasks, which take seconds to list."""
-    return TaskManager()
-
-
-def kinds(loaded: Tasks) -> set[str]:
-    """Returns the kinds of questions, as the harness names them.
-
-    They are generate_until, multiple_choice, loglikelihood and loglikelihood_rolling.
-    """
-    return {task.OUTPUT_TYPE for task in loaded["tasks"].values()}
-
-
-def longest_answer(loaded: Tasks) -> int:
-    """Returns the most tokens of an answer that a benchmark generates; 0: it generates none."""
-    longest = 0
-    for task in loaded["tasks"].values():
-        if task.OUTPUT_TYPE == "generate_until":
-            kwargs = normalize_gen_kwargs(dict(task.config.generation_kwargs), MAX_NEW_TOKENS)
-            longest = max(longest, kwargs["max_gen_toks"])
-    return longest
-
-
 def run_tasks(
     adapter: Adapter, loaded: Tasks, shots: int, limit: int | None = None, unsafe_code: bool = False
 ) -> list[dict[str, Any]]:
     """Returns the harness's result for each document and each filter it goes through.
 
     Args:
-      loaded: from `load_local_task`, `load_questions` or `load_public_task`.
+      loaded: from a function of `harness_tasks`.
       shots: worked examples in each prompt.
       limit: number of documents of each task, from the first on; None: all.
       unsafe_code: whether code that the model writes may run.
@@ -365,7 +195,7 @@ def run_tasks(
     for task in loaded["tasks"].values():
         task.set_config("num_fewshot", shots)
         task.set_fewshot_seed(SHOTS_SEED)
-        _exclude_asked_document(task)
+        exclude_asked_document(task)
         if task.OUTPUT_TYPE == "multiple_choice" and task.multiple_target:  # AGIEval
             task.fewshot_cfg.doc_to_target = functools.partial(_first_right, task)
     results = evaluator.evaluate(
@@ -380,18 +210,6 @@ def run_tasks(
     for task, samples in results["samples"].items():
         found += [{"task": task, **sample} for sample in samples]
     return found
-
-
-def _exclude_asked_document(task: Any) -> None:
-    """Makes the harness (0.4.13) leave the asked document out of its worked examples.
-
-    The harness does so only where the split of the examples is named. Here that is the split that
-    is asked.
-    """
-    shown = task.fewshot_cfg
-    has_others = task.has_training_docs() or task.has_validation_docs() or shown.samples
-    if shown.split is None and not has_others:
-        shown.split = task.config.test_split
 
 
 def _first_right(task: Any, doc: dict[str, Any]) -> str:

@@ -21,6 +21,10 @@ def read_table(path: str) -> dict[str, Any]:
             lacking = {"PUBLISHED", "OFFLINE", "COT"} - table.keys()
             if lacking:
                 raise UserError(f"--table={path}: lacks {', '.join(sorted(lacking))}")
+            for name, row in (table["PUBLISHED"] | table["OFFLINE"]).items():
+                lacking = {"shots", "metric"} - row.keys()
+                if lacking:
+                    raise UserError(f"--table={path}: {name} lacks {', '.join(sorted(lacking))}")
             return table
     raise UserError(f"--table={path}: no such file")
 

@@ -64,10 +64,10 @@ BENCHMARKS["far"] = ["follow_4", "follow_5", "follow_6"]
 
 @pytest.mark.parametrize("kind", make_problems.KINDS)
 def test_the_harness_asks_the_problems_of_the_test_split(folder, kind):
-    harness = pytest.importorskip("latent_delib.measure.harness")
+    harness_tasks = pytest.importorskip("latent_delib.measure.harness_tasks")
     texts = []
     for name in BENCHMARKS[kind]:
-        task = harness.load_local_task(name, str(folder))["tasks"][name]
+        task = harness_tasks.load_local_task(name, str(folder))["tasks"][name]
         asked = list(task.test_docs())
         texts += [task.doc_to_text(row) + task.doc_to_target(row) + "." for row in asked]
         assert all(name == make_problems.benchmark_of(kind, row["question"]) for row in asked)
