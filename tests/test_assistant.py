@@ -153,5 +153,7 @@ def test_an_exported_coprocessor_finds_its_assistant(config_of, decoder_folder, 
 
 
 def test_an_assistant_for_a_coprocessor_that_has_none():
-    with pytest.raises(UserError, match="assistant=packaged: method 'cache_augmentation' has none"):
+    with pytest.raises(
+        UserError, match="assistant=packaged: method 'cache_augmentation' has no assistant"
+    ):
         ld.load_coprocessor("packaged", assistant="packaged")

@@ -162,7 +162,7 @@ def test_every_field_of_the_sampler_is_a_flag(capsys):
     "method, flags, words",
     [
         ({"every": 8}, {"delay": 8}, "delay=8: expected less than every=8"),
-        ({"every": 8}, {"every": 4}, "every=4: latents join again after each 8 tokens"),
+        ({"every": 8}, {"every": 4}, "every=4: latents join again after every 8 tokens"),
         ({"name": "inserted"}, {"delay": 1}, "delay=1: method 'inserted' writes keys"),
         ({"name": "inserted"}, {"coprocessor_devices": 1}, "(--coprocessor_devices): method"),
     ],

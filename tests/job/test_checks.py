@@ -39,7 +39,7 @@ MISTAKES = [
     ({"train.checkpoint_every": None}, "config.train.checkpoint_every=None: expected a value"),
     ({"data.weights": None}, "config.data.weights=None: expected a value"),
     ({"method.name": "assistant"}, "config.method.assistant is empty: method 'assistant'"),
-    ({"method.assistant": "packaged"}, "config.method.assistant=packaged: .*has none"),
+    ({"method.assistant": "packaged"}, "config.method.assistant=packaged: .*has no assistant"),
     ({"method.start": "runs/x"}, "expected WORKDIR/checkpoints/STEP"),
     (
         {"method.name": "joint", "method.start": "w/checkpoints/1", "method.lora_rank": 2},
