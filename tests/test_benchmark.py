@@ -758,6 +758,8 @@ def test_rows_made_in_another_way_are_refused(call, tmp_path):
     assert "another max_length" in call("syllogism", max_length=64)
     assert "another data" in call("syllogism", tasks=other)
     assert "another cot" in call("chain_sum", "zero_shot_cot", limit=2, table=table)
+    # A row of fewer documents gives way to one of more, but not to one of other settings.
+    assert "another cot" in call("chain_sum", "zero_shot_cot", table=table)
     assert "another step (4, here 2)" in call("syllogism", step=2)
     assert "another config" in call("syllogism", workdir="", decoder="packaged")
     assert "chain_sum has answers of up to 16 tokens" in call("chain_sum", max_length=17)
