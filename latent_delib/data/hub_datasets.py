@@ -6,6 +6,7 @@ and gated datasets.
 """
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import os
@@ -16,7 +17,7 @@ from typing import Any
 from latent_delib.data import questions
 from latent_delib.data.sources import Hub, check_features, has_questions
 from latent_delib.data.text_files import digest_of_files
-from latent_delib.errors import UserError, extra, reason, store_error
+from latent_delib.errors import Outage, UserError, extra, reason, store_error
 
 with extra("hub"):
     import datasets
@@ -32,8 +33,9 @@ class HubDataset:
     `cycle` is 1, so that the order of texts does not depend on how many files the cache has.
 
     Raises:
-      UserError: there is no such dataset, split or text feature; or the Hub does not answer, and
-        the cache does not have the dataset.
+      UserError: there is no such dataset, split or text feature; or the cache does not have the
+        dataset, and HF_HUB_OFFLINE is set.
+      Outage: the cache does not have the dataset, and the Hub does not answer.
     """
 
     cycle = 1
@@ -80,11 +82,17 @@ class HubDataset:
         except exceptions.DatasetNotFoundError as error:
             raise self._error(_not_found(error, revision)) from None
         except ConnectionError:
-            raise self._error("not in the library's cache, and the Hub does not answer") from None
+            raise self._unanswered("not in the library's cache") from None
         # Where the Hub does not answer, the library takes whatever revision it has.
         if _COMMIT.fullmatch(revision) and found.hash != revision:
-            raise self._error(f"the library's cache has {found.hash}, and the Hub does not answer")
+            raise self._unanswered(f"the library's cache has {found.hash}")
         return found
+
+    def _unanswered(self, text: str) -> UserError | Outage:
+        """Returns the error for a revision that only the Hub could give."""
+        if datasets.config.HF_HUB_OFFLINE:
+            return self._error(f"{text}, and HF_HUB_OFFLINE is set")
+        return Outage(errno.ECONNABORTED, f"{text}, and the Hub does not answer", self.source)
 
     def _error(self, text: str) -> UserError:
         return UserError(f"config.data: source {self.source!r}: {text}")

@@ -20,6 +20,7 @@ from latent_delib.machine.progress import Progress
 from latent_delib.weights import locate, tokenizer_files
 
 SPLITS = ("train", "validation")
+OTHER_FOLDER = "name another folder: --out of prepare, --workdir of train --text"
 COUNTS = ("documents", "tokens", "rows", "cut", "skipped")  # printed for each source at the end
 
 
@@ -49,11 +50,11 @@ def prepare(config: Any, out: str) -> dict:
     if found:
         difference = _difference(found, meta)
         if difference:
-            raise UserError(f"{out} holds other token files: {difference}; name another folder")
+            raise UserError(f"{out} holds other token files: {difference}; {OTHER_FOLDER}")
         print(f"{out} is already prepared from this config")
         return found
     if os.path.isfile(out) or (os.path.isdir(out) and os.listdir(out)):
-        raise UserError(f"{out}: exists, but holds no finished token files; name another folder")
+        raise UserError(f"{out}: exists, but holds no finished token files; {OTHER_FOLDER}")
     bad = BadRecords(data.max_bad_records)
     text.check_texts(readers.values(), tokenizer, bad)
 

@@ -23,9 +23,9 @@ def download(path: str) -> Path:
     The Hub is asked once per name, so a process uses one revision.
 
     Raises:
-      UserError: the name has another form; there is no such model; the Hub refuses; or it does not
-        answer, and the cache does not have the model.
-      OSError: the disk is full (Outage: the Hub is busy, or a download broke off).
+      UserError: the name has another form; there is no such model; the Hub refuses; or the
+        cache does not have the model, and HF_HUB_OFFLINE is set.
+      OSError: the disk is full (Outage: the Hub does not answer, or a download broke off).
     """
     if not path.startswith(PREFIX):
         return Path(path)
@@ -57,10 +57,16 @@ def download(path: str) -> Path:
 
 def _failure(path: str, error: Exception) -> UserError | OSError:
     """Returns the error for a model that the Hub did not send."""
+    from huggingface_hub import constants
+
     answer = getattr(error.__cause__ or error, "response", None)
     status = getattr(answer, "status_code", None)
+    if status is None and constants.HF_HUB_OFFLINE:
+        return UserError(f"{path}: not in the Hub's cache, and HF_HUB_OFFLINE is set")
     if status is None:
-        return UserError(f"{path}: not in the Hub's cache, and the Hub does not answer")
+        return Outage(
+            errno.ECONNABORTED, "not in the Hub's cache, and the Hub does not answer", path
+        )
     if str(status) in NO_ANSWER_STATUS:
         return Outage(errno.ECONNABORTED, f"the Hub answers with status {status}", path)
     remedy = "; check HF_TOKEN" if status in (401, 403) else ""

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,7 +15,7 @@ import pytest
 from latent_delib.data import questions, rows
 from latent_delib.data import text as reader
 from latent_delib.data.tokenizer import Tokenizer
-from latent_delib.errors import UserError
+from latent_delib.errors import Outage, UserError
 from latent_delib.job.preparation import prepare
 from tests.fake_hub import COMMIT, environment, serving
 from tests.texts import config_data, config_to_prepare
@@ -125,6 +126,7 @@ def test_order_of_tfds_is_its_own(file_format, is_ordered, tmp_path, monkeypatch
 
 WITHOUT_TENSORFLOW = """
 import sys
+import types
 from latent_delib.data import text
 for source in sys.argv[1:]:
     print([found.content for found in text.texts(text.open_source(source))])
@@ -209,8 +211,9 @@ def test_fingerprint_and_damage_of_a_local_folder(tmp_path):
 CHILD = """
 import datasets
 import sys
+import types
 from latent_delib.data import text
-from latent_delib.errors import UserError
+from latent_delib.errors import Outage, UserError
 from latent_delib.job.preparation import prepare
 for source in sys.argv[1:]:
     try:
@@ -248,8 +251,23 @@ def test_texts_of_the_hub(tmp_path):
     sources = [f"{name}:train:text", another, "hf:me/another:train:text"]
     cached, *errors = run(CHILD % COMMIT, *sources, **there, HF_HUB_OFFLINE="1")
     assert cached == streamed
-    assert f"the library's cache has {COMMIT}" in errors[0]
-    assert errors[1].endswith("not in the library's cache, and the Hub does not answer")
+    assert f"the library's cache has {COMMIT}, and HF_HUB_OFFLINE is set" in errors[0]
+    assert errors[1].endswith("not in the library's cache, and HF_HUB_OFFLINE is set")
+
+
+@pytest.mark.parametrize("cached", ["", "d" * 40])
+def test_a_hub_that_does_not_answer(cached, monkeypatch):
+    import datasets
+
+    def load(*_, **options):
+        if cached:
+            return types.SimpleNamespace(hash=cached)
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", load)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    with pytest.raises(Outage, match=f"cache.*{cached}, and the Hub does not answer"):
+        reader.open_source(f"hf:me/notes@{COMMIT}:train:text")
 
 
 # prepare, and seqio.

@@ -61,7 +61,7 @@ def test_models_are_fetched_once_and_stay(tmp_path):
         assert "pytorch_model.bin" not in server.asked
     found = ask("hf:me/decoder", "hf:me/another", **there, HF_HUB_OFFLINE="1")
     assert found[0] == expected
-    assert found[1] == "hf:me/another: not in the Hub's cache, and the Hub does not answer"
+    assert found[1] == "hf:me/another: not in the Hub's cache, and HF_HUB_OFFLINE is set"
 
 
 @pytest.mark.parametrize("path", ["hf:", "hf:gemma", "hf:a/b/c", "hf:a/b@", "hf://a/b"])
@@ -89,6 +89,18 @@ def test_a_download_that_breaks_off(name, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(Outage, match="in the middle"):
         hub.download("hf:me/decoder")
+
+
+def test_a_hub_that_does_not_answer(monkeypatch):
+    import huggingface_hub
+
+    def fail(*_, **options):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("not in the cache")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(Outage, match="not in the Hub's cache, and the Hub does not answer"):
+        hub.download("hf:me/decoder_of_a_silent_hub")
 
 
 def test_a_hub_that_is_busy(monkeypatch):
