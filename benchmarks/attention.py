@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 function = partial(dense.attend, scale=c.query_scale, softcap=c.attn_softcap)
             else:
                 arguments = operands, (prefix, traces.bounds), dout
-                partition = aug.transformer.partition
+                partition = aug.decoder.partition
                 function = partial(attend, scale=c.query_scale, softcap=c.attn_softcap, form=form)
                 function = partial(function, shared_memory=partition.shared_memory)
             for name, one in both_passes(function).items():

@@ -142,7 +142,7 @@ def loss(
 ) -> tuple[jax.Array, jax.Array]:
     """Computes what `augment.loss` does for a coprocessor: Σ loss in nats and Σ tokens."""
     del prompt_end  # `at_BM` is behind prompts already
-    c, (B, T), M = aug.transformer.config, tokens_BT.shape, at_BM.shape[1]
+    c, (B, T), M = aug.decoder.config, tokens_BT.shape, at_BM.shape[1]
     decoder, coprocessor = params["decoder"], params["coprocessor"]
     traces = aug.lay_out(tokens_BT, segment_BT, at_BM, num_ahead, delay_BM, steps_end)
     text = of_text(segment_BT)
@@ -159,7 +159,7 @@ def loss(
     x_BSD = jnp.concatenate([embed(tokens_BT), x_BMSD.reshape(B, -1, c.embed_dim)], axis=1)
     out_BSD, _ = forward(c, decoder, x_BSD, whole, whole)
     out_BMSD = out_BSD[:, T:].reshape(x_BMSD.shape)
-    total = augment.summed_loss(
+    total = augment.training_loss(
         aug, params, out_BMSD[:, :, -num_ahead:], traces.targets, traces.weights
     )
     return total, jnp.sum(traces.weights)

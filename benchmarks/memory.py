@@ -26,7 +26,8 @@ from configs import base
 from latent_delib.delib import cost
 from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.methods import METHODS
-from latent_delib.delib.step import Objective, TrainState, make_optimizer, train_step
+from latent_delib.delib.optimizer import make_optimizer
+from latent_delib.delib.step import Objective, TrainState, train_step
 from latent_delib.nn.attention.cards import shared_memory_of
 from latent_delib.nn.attention.choice import choose
 from latent_delib.nn.layers import WHOLE

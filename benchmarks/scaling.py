@@ -139,7 +139,7 @@ def compiled(config: ConfigDict, topology: str) -> dict[str, Any]:
     """
     exp = experiment.read(config, dry_run.slice_of(topology))
     plan = planning.make(exp)
-    program = dry_run.compile_step(exp, plan)
+    program = dry_run.compile_or_explain(exp, plan)
     traffic = collectives(program.as_text())
     return {
         "chip": exp.mesh.devices.flat[0].device_kind,

@@ -26,7 +26,8 @@ import jax.numpy as jnp
 from benchmarks import common, dense
 from configs import base
 from latent_delib.delib import augment, cost
-from latent_delib.delib.step import Objective, TrainState, make_optimizer, train_step
+from latent_delib.delib.optimizer import make_optimizer
+from latent_delib.delib.step import Objective, TrainState, train_step
 from latent_delib.machine import chips
 
 OPTIMIZER = base.get_config().optimizer

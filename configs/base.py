@@ -61,7 +61,7 @@ def get_config() -> ConfigDict:
     c.data.max_bad_records = 0  # how many bad documents or rows to skip; one more ends the command
 
     c.optimizer = ConfigDict()  # linear warm-up, then cosine; the paper's is not published
-    c.optimizer.name = "adamw"  # "adamw", "adafactor", "muon": OPTIMIZERS in delib/step.py
+    c.optimizer.name = "adamw"  # "adamw", "adafactor", "muon": OPTIMIZERS in delib/optimizer.py
     c.optimizer.learning_rate = 1e-3  # the peak
     c.optimizer.soft_token_learning_rate = 1e-3  # the peak for soft tokens, not for keys and values
     c.optimizer.warmup_steps = 1000

@@ -124,7 +124,7 @@ def _find_subject(flags: Any) -> Subject:
         decoder = load.decoder_of(workdir, record)
         config = record.config
         check_joining(flags.every, flags.delay, record["method.every"], record["method.name"])
-        if METHODS[record["method.name"]].write is None:
+        if not METHODS[record["method.name"]].writes_latents:
             config = config | {"method": config["method"] | {"num_latents": 0}}
     elif flags.step is not None:
         raise UserError(f"--step={flags.step}: needs --workdir; a --decoder has no checkpoints")

@@ -103,7 +103,7 @@ def config_of_training(flags: Any) -> ConfigDict:
     config = load_config(str(BASE))
     with config.unlocked():
         config.update(meta["config"])
-    tokens = own_text.tokens_of(workdir)
+    tokens = own_text.token_folder(workdir)
     if where is None and token_files.are_those_of(tokens, meta["data"]["fingerprint"]):
         config.data.token_files = tokens  # the workdir may have been moved
     return config
@@ -201,13 +201,13 @@ def read_checkpoint(exp: Experiment, workdir: str, step: int | None) -> Restored
         meta = fields["record"]
         exp.record.require(Record.from_meta(meta, workdir), "evaluate", workdir)
         build.require_decoder(workdir, exp.aug.method)
-        shardings = planning.shardings_of(parameters.trainable_shapes(exp))
+        shardings = planning.shardings_of(parameters.trainable_on_mesh(exp))
         trained = jax.device_put({"coprocessor": params}, shardings)
         found = Restored(meta["step"], meta, {"trainable": trained})
     else:
         checkpoints, meta = checkpoint.open_for_reading(workdir, step)
         exp.record.require(Record.from_meta(meta, workdir), "evaluate", workdir)
-        wanted = {"trainable": parameters.trainable_shapes(exp)}
+        wanted = {"trainable": parameters.trainable_on_mesh(exp)}
         found = checkpoints.restore_newest(wanted, step=step)
     trainable = jax.tree.map(lambda x: x.astype(exp.dtype), found.trainable)
     return found._replace(trees={"trainable": trainable})

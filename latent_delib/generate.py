@@ -178,7 +178,7 @@ def load_model(flags: Any) -> AugmentedLM:
     mesh, beside = make_meshes(flags.tensor, flags.coprocessor_devices)
     record = load.read_record(flags.workdir, flags.step)
     method = record["method.name"]
-    writes_latents = METHODS[method].write is not None
+    writes_latents = METHODS[method].writes_latents
     augment = writes_latents and not flags.no_augment
     if augment:
         delay = None if flags.coprocessor_devices else flags.delay

@@ -55,7 +55,7 @@ from latent_delib.machine.workdir import exclusive
 from latent_delib.measure.answers import Answers, read_questions
 from latent_delib.nn.transformer import Params
 
-TRACE = Path(tempfile.gettempdir()) / f"latent_delib-profile-{os.getpid()}"  # of a traced step
+PROFILE = Path(tempfile.gettempdir()) / f"latent_delib-profile-{os.getpid()}"
 SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
@@ -121,42 +121,42 @@ def run(exp: Experiment, workdir: str, stop: Stop) -> int:
     checkpoints = Checkpoints(workdir, t.keep, t.keep_every, t.keep_best)
 
     # Restore.
-    found = restore(checkpoints, plan, record, workdir)
-    first = 0 if found is None else found.step
-    if first >= t.steps:
+    restored = restore(checkpoints, plan, record, workdir)
+    start_step = 0 if restored is None else restored.step
+    if start_step >= t.steps:
         # A job that was killed between its last checkpoint and its end has not written the decoder.
-        if build.step_of_decoder(workdir) != first:
-            export_decoder(exp, workdir, first, found.trainable)
-        say(f"done: step {first} of {workdir}")
+        if build.step_of_decoder(workdir) != start_step:
+            export_decoder(exp, workdir, start_step, restored.trainable)
+        say(f"done: step {start_step} of {workdir}")
         return 0
     rows = mesh_lib.local_rows(exp.mesh, t.batch_size)
     loader = text.batches(
-        batch_size=t.batch_size, seed=exp.config.seed, rows=rows, start_step=first
+        batch_size=t.batch_size, seed=exp.config.seed, rows=rows, start_step=start_step
     )
     held_out_batches = read_held_out(exp) if t.validate_every else []
     asked = read_questions(exp) if t.validate_every else []
-    state, frozen = place_state(exp, plan, found)
+    state, frozen = place_state(exp, plan, restored)
+    metrics = Metrics(exp, workdir, start_step, plan.optimizer.learning_rate)
 
-    # Compile.
-    metrics = Metrics(exp, workdir, first, plan.optimizer.learning_rate)
-    began = time.perf_counter()
+    # Measure the frozen decoder, then compile the step.
     measures: list[Validation | Answers] = []
     if t.validate_every:
         measures.append(Validation(exp, plan, held_out_batches, frozen, state.trainable))
         measures.append(Answers(exp, asked, frozen))
+    began = time.perf_counter()
     train_step = planning.compile_step(exp, plan)
     say(f"compiled in {time.perf_counter() - began:.1f} s")
 
     # Train.
     vote = distributed.vote(exp.mesh)
-    stop.can_save = True
-    metrics.begin_row(first)
-    with checkpoints, metrics:  # a started save and the rows become whole, also after an error
-        for step in range(first + 1, t.steps + 1):
+    stop.is_training = True
+    metrics.begin_row(start_step)  # its clock starts after compiling
+    with checkpoints, metrics:  # also after an error, ends the save in progress and the logs
+        for step in range(start_step + 1, t.steps + 1):
             with metrics.waiting():
                 local = next(loader)
-            # Asked before the step is dispatched: the answer is there once the last step is done.
-            stop_votes = vote(bool(stop.by))
+            # Start the vote before the step, so that the result is there when the step is done.
+            stop_votes = vote(bool(stop.signal))
             batch = mesh_lib.place_rows(exp.mesh, local, t.batch_size)
             state, values = train_step(state, frozen, batch)
             held_out: dict[str, float] = {}
@@ -165,8 +165,8 @@ def run(exp: Experiment, workdir: str, stop: Stop) -> int:
                     for measure in measures:
                         held_out |= measure(state.trainable)
             metrics.push(step, values, held_out)
-            if t.profile_at > first:
-                trace_steps(t.profile_at, step, values, workdir)
+            if t.profile_at > start_step:
+                profile_steps(t.profile_at, step, values, workdir)
             stopping = bool(stop_votes)  # the same on all processes
             if stopping or step % t.checkpoint_every == 0 or step == t.steps:
                 metrics.flush()  # a loss that is not finite must end the run before it is saved
@@ -174,15 +174,15 @@ def run(exp: Experiment, workdir: str, stop: Stop) -> int:
                 checkpoints.save(step, trees_of(state), meta, metrics.loss_to_save(step))
             if stopping:
                 break
-        if first < t.profile_at <= step < t.profile_at + 3:
-            end_trace(workdir)  # fewer than three steps
+        if start_step < t.profile_at <= step < t.profile_at + 3:
+            end_profile(workdir)  # the job ended before the third of the profiled steps
 
     # End.
-    stop.can_save = False
+    stop.is_training = False
     if step < t.steps:
-        by = SIGNALS.get(stop.by, "a signal to another process")
+        by = SIGNALS.get(stop.signal, "a signal to another process")
         say(f"stopped by {by}; step {step} is saved, the same command resumes")
-        return INTERRUPTED if stop.by == signal.SIGINT else commands.STOPPED
+        return INTERRUPTED if stop.signal == signal.SIGINT else commands.STOPPED
     export_decoder(exp, workdir, step, state.trainable, frozen.get("decoder"))
     say(f"done: step {step} of {workdir}")
     return 0
@@ -216,16 +216,16 @@ def restore(checkpoints: Checkpoints, plan: Plan, record: Record, workdir: str) 
         record.require(there, "resume", workdir)
         batches.check_fingerprint(there.data, record.data)
 
-    found = checkpoints.restore_newest(trees_of(plan.state), check=check)
+    restored = checkpoints.restore_newest(trees_of(plan.state), check=check)
     steps = record["train.steps"]
-    if found is None or found.step >= steps:
-        return found
-    say(f"resuming {workdir} at step {found.step}")
-    before = Record.from_meta(found.meta, workdir)["train.steps"]
+    if restored is None or restored.step >= steps:
+        return restored
+    say(f"resuming {workdir} at step {restored.step}")
+    before = Record.from_meta(restored.meta, workdir)["train.steps"]
     if before != steps:
         changed = f"train.steps changed from {before} to {steps}"
         say(f"{changed}: the learning rate follows the new schedule")
-    return found
+    return restored
 
 
 def trees_of(state: TrainState) -> dict[str, Any]:
@@ -233,17 +233,19 @@ def trees_of(state: TrainState) -> dict[str, Any]:
     return {"trainable": state.trainable, "optimizer": state.opt_state}
 
 
-def place_state(exp: Experiment, plan: Plan, found: Restored | None) -> tuple[TrainState, Params]:
+def place_state(
+    exp: Experiment, plan: Plan, restored: Restored | None
+) -> tuple[TrainState, Params]:
     """Returns the state to train, restored or new, and the frozen parameters, on the mesh."""
-    if exp.start and (found is None or exp.adapts_start):
-        parameters.open_start(exp)  # checks it, before anything large is loaded
+    if exp.start and (restored is None or exp.adapts_start):
+        parameters.checked_start(exp)  # before anything large is loaded
     frozen = parameters.load_frozen(exp) if plan.frozen else {}
-    if found is None:
+    if restored is None:
         trainable, opt_state = init_state(exp, plan, frozen)
     else:
-        trainable = found.trees["trainable"]
-        opt_state = found.trees["optimizer"]
-    step = np.int32(0 if found is None else found.step)
+        trainable = restored.trees["trainable"]
+        opt_state = restored.trees["optimizer"]
+    step = np.int32(0 if restored is None else restored.step)
     step = jax.device_put(step, mesh_lib.replicated(exp.mesh))
     return TrainState(step, trainable, opt_state), frozen
 
@@ -255,34 +257,34 @@ def init_state(exp: Experiment, plan: Plan, frozen: Params) -> tuple[Params, Any
         start = {"coprocessor": frozen["coprocessor"]}
     elif exp.start:
         start = parameters.place_start(exp, jnp.float32)
-    begun_from = augment.starting_decoder(frozen) if frozen else None
-    if begun_from is None and start is None:  # the decoder's own weights are trained
-        begun_from = parameters.place_decoder(exp, jnp.float32)
+    starting_decoder = augment.starting_decoder_of(frozen) if frozen else None
+    if starting_decoder is None and start is None:  # the decoder's own weights are trained
+        starting_decoder = parameters.place_decoder(exp, jnp.float32)
     shardings = planning.shardings_of(plan.state)
     init = parameters.init_trainable(exp.aug, exp.config.method.lora_rank)
     init = jax.jit(init, out_shardings=shardings.trainable)
-    trainable = init(jax.random.key(exp.config.seed), begun_from, start)
+    trainable = init(jax.random.key(exp.config.seed), starting_decoder, start)
     init_optimizer = jax.jit(plan.optimizer.tx.init, out_shardings=shardings.opt_state)
     return trainable, init_optimizer(trainable)
 
 
-def trace_steps(profile_at: int, step: int, values: Any, workdir: str) -> None:
-    """Traces the three steps after `profile_at` into WORKDIR/profile, on process 0."""
+def profile_steps(profile_at: int, step: int, values: Any, workdir: str) -> None:
+    """Profiles the three steps after `profile_at` into WORKDIR/profile, on process 0."""
     if step not in (profile_at, profile_at + 3):
         return
-    jax.block_until_ready(values)  # a trace begins and ends between steps
+    jax.block_until_ready(values)  # a profile begins and ends between steps
     if step == profile_at + 3:
-        end_trace(workdir)
+        end_profile(workdir)
     elif jax.process_index() == 0:
-        jax.profiler.start_trace(str(TRACE))
+        jax.profiler.start_trace(str(PROFILE))
 
 
-def end_trace(workdir: str) -> None:
-    """Ends a trace, and moves its files to WORKDIR/profile."""
+def end_profile(workdir: str) -> None:
+    """Ends a profile, and moves its files to WORKDIR/profile."""
     if jax.process_index() == 0:
         jax.profiler.stop_trace()
-        files.upload(TRACE, epath.Path(workdir) / "profile")
-        shutil.rmtree(TRACE)
+        files.upload(PROFILE, epath.Path(workdir) / "profile")
+        shutil.rmtree(PROFILE)
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def test_an_assistant_is_frozen_lies_as_a_decoder_does_and_is_counted(config_of,
     for leaf, decoder in zip(*(jax.tree.leaves(plan.frozen[r]) for r in plan.frozen)):
         assert leaf.sharding == decoder.sharding and leaf.dtype == decoder.dtype
     architecture = exp.aug.models.coprocessor.config
-    assert architecture != exp.aug.transformer.config
+    assert architecture != exp.aug.decoder.config
 
     def useful(method):
         aug = dataclasses.replace(exp.aug, method=method)

@@ -336,8 +336,8 @@ def test_an_exported_coprocessor_stands_for_its_workdir(make_config, trained, ev
 def test_logits_divided_by_a_temperature(make_config, trained_lm, softcap):
     """Every term of a metric has them; a temperature of 1 changes no bit."""
     aug = experiment.read(make_config()).aug
-    config = dataclasses.replace(aug.transformer.config, final_softcap=softcap)
-    aug = dataclasses.replace(aug, transformer=aug.transformer.clone(config=config))
+    config = dataclasses.replace(aug.decoder.config, final_softcap=softcap)
+    aug = dataclasses.replace(aug, decoder=aug.decoder.clone(config=config))
     draw = np.random.default_rng(0)
     x = jnp.asarray(draw.normal(size=(2, 3, config.embed_dim)), jnp.float32)
     targets = jnp.asarray(draw.integers(0, config.vocab_size, (2, 3)), jnp.int32)

@@ -143,7 +143,7 @@ def test_the_model_of_the_flags(trained):
     flags = dict(workdir=str(trained), step=None, no_augment=False, every=0, delay=0, max_length=64)
     flags |= dict(attention="reference", tensor=2, coprocessor_devices=2)
     lm = generate.load_model(SimpleNamespace(**flags))
-    assert {aug.transformer.form for aug in (lm.plain, lm.aug, lm.aug_beside)} == {"reference"}
+    assert {aug.decoder.form for aug in (lm.plain, lm.aug, lm.aug_beside)} == {"reference"}
     assert (
         lm.mesh.shape["data"] == 3
         and lm.mesh.shape["tensor"] == lm.coprocessor_mesh.shape["tensor"] == 2

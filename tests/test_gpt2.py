@@ -125,7 +125,7 @@ def test_a_benchmark_knows_how_long_texts_may_be(gpt2_folder, workdir):
 
 def test_adapters_are_of_matrices_alone(config_of):
     exp = experiment.read(config_of({"method.lora_rank": 2}))
-    leaves = set(folder.by_name(parameters.trainable_shapes(exp)["coprocessor"]))
+    leaves = set(folder.by_name(parameters.trainable_on_mesh(exp)["coprocessor"]))
     matrices = {f"attn.{name}" for name in ("q", "k", "v", "out")} | {"mlp.up", "mlp.down"}
     assert {m.partition(".")[2] for m in matrices} == INPUT_AXES.keys() - {"gate"}
     assert leaves == {f"layers.{m}_{part}" for m in matrices for part in "ab"} | {"soft_tokens"}

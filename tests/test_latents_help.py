@@ -19,11 +19,11 @@ import pytest
 from configs import base
 from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.methods import METHODS
+from latent_delib.delib.optimizer import make_optimizer
 from latent_delib.delib.step import (
     Objective,
     TrainState,
     ahead_step,
-    make_optimizer,
     read_step,
     train_step,
 )

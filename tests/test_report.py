@@ -122,7 +122,7 @@ def test_the_costs_are_those_of_the_training(reported, change, trained, make_con
     own = ld.load_coprocessor(str(trained)).params
     assert costs["trained parameters"] == f"{sum(x.size for x in jax.tree.leaves(own))}"
     exp = experiment.read(make_config())
-    useful = estimate.step_flops(exp)["useful"] * exp.mesh.size
+    useful = estimate.device_flops(exp)["useful"] * exp.mesh.size
     assert float(costs["GFLOP per step"]) == pytest.approx(useful / 1e9)
     assert costs["steps"] == "4" and costs["n = 1"] == f"{change}"
 

@@ -10,7 +10,6 @@ See Section 2.1 of the paper. `params` is one dict:
 """
 
 import dataclasses
-import itertools
 import sys
 from collections.abc import Sequence
 
@@ -36,13 +35,13 @@ from latent_delib.nn.transformer import Params, Transformer
 class Augmentation:
     """Holds what stays fixed while parameters and text change.
 
-    transformer: the decoder's transformer.
+    decoder: the decoder's transformer.
     method: a key of `methods.METHODS`.
     num_latents: N_L.
     placement: a key of `traces.PLACEMENTS`.
     loss_chunk: largest number of tokens per sequence that have logits at one time. A device holds
       logits of at most four times as many tokens.
-    coprocessor: the coprocessor's transformer, also used for the assistant; None: the decoder's.
+    coprocessor: the transformer of the coprocessor and of the assistant; None: the decoder's.
     every: number of ahead tokens after which latents join again, and stay; 0: they join once.
     distill: weight in [0, 1] of the divergence from a teacher; the cross-entropy of the text has
       the rest. The teacher is the decoder that has read the whole row: steps that a trace skips,
@@ -50,7 +49,7 @@ class Augmentation:
     visible_text: how many of the last text tokens the decoder still sees beside latents; 0: all.
     """
 
-    transformer: Transformer
+    decoder: Transformer
     method: str = "cache_augmentation"
     num_latents: int = 16
     placement: str = "after"
@@ -64,16 +63,16 @@ class Augmentation:
     def writes_latents(self) -> bool:
         """Tells whether the method writes latents, so that the loss is summed over traces.
 
-        This also holds for a copy `without_latents`.
+        A copy made by `without_latents` gives the same answer.
         """
-        return METHODS[self.method].write is not None
+        return METHODS[self.method].writes_latents
 
     @property
-    def cache_is_enough(self) -> bool:
-        """Tells whether training needs no outputs of the text, and no gradient of its cache."""
+    def needs_outputs(self) -> bool:
+        """Tells whether training needs outputs of the text, or the gradient of its cache."""
         method = METHODS[self.method]
-        needs_more = self.distill or method.reads_outputs or method.trains_decoder
-        return self.writes_latents and not needs_more
+        trains_on_text = method.trains_decoder or not self.writes_latents
+        return trains_on_text or method.reads_outputs or self.distill > 0
 
     @property
     def without_latents(self) -> "Augmentation":
@@ -86,12 +85,12 @@ class Augmentation:
     @property
     def models(self) -> Models:
         """Returns the transformers of the decoder and of the coprocessor."""
-        return Models(self.transformer, self.coprocessor or self.transformer)
+        return Models(self.decoder, self.coprocessor or self.decoder)
 
     @property
     def readers(self) -> dict[str, Transformer]:
         """Returns the models that read the text, each by the name of its parameters."""
-        found = {"decoder": self.transformer}
+        found = {"decoder": self.decoder}
         if METHODS[self.method].has_assistant:
             found["assistant"] = self.models.coprocessor
         return found
@@ -156,24 +155,28 @@ def assemble(frozen: Params, trainable: Params) -> Params:
     own = trainable["coprocessor"]
     if "final_norm" in own:  # whole, and perhaps of another architecture
         return params | {"coprocessor": own}
-    below = frozen.get("coprocessor") or coprocessor.body(starting_decoder(params))
+    below = frozen.get("coprocessor") or coprocessor.body(starting_decoder_of(params))
     return params | {"coprocessor": lora.lay_over(below, own)}
 
 
-def starting_decoder(params: Params) -> Params:
+def starting_decoder_of(params: Params) -> Params:
     """Returns the decoder from which a coprocessor begins: the assistant, or else the decoder."""
     return params["assistant"] if "assistant" in params else params["decoder"]
 
 
 def with_whole_tables(aug: Augmentation, params: Params) -> Params:
     """Gathers the token tables of all models that read text, so that a step does it once."""
-    found = dict(params)
-    for reader, name in itertools.product(aug.readers, transformer.TABLES):
-        table = params.get(reader, {}).get(name)
-        if table is not None:
-            whole = aug.transformer.partition.gather(table, PARAM_AXES[name])
-            found[reader] = found[reader] | {name: whole}
-    return found
+    gather = aug.decoder.partition.gather
+    gathered = dict(params)
+    for reader in aug.readers:
+        if reader not in params:  # it is in the other tree, the frozen or the trainable one
+            continue
+        tree = dict(params[reader])
+        for name in transformer.TABLES:
+            if name in tree:
+                tree[name] = gather(tree[name], PARAM_AXES[name])
+        gathered[reader] = tree
+    return gathered
 
 
 def read_text(
@@ -208,7 +211,7 @@ def read_text(
 def write_latents(aug: Augmentation, params: Params, reading: Reading, traces: Traces) -> Latents:
     """Writes the latents of every trace by the method."""
     if not aug.num_latents:
-        D = aug.transformer.config.embed_dim
+        D = aug.decoder.config.embed_dim
         return jnp.zeros((*traces.latent_position.shape, D), reading.cache.k.dtype)
     write = METHODS[aug.method].write
     assert write is not None, aug.method
@@ -229,7 +232,7 @@ def decode(
       tokens.
     """
     decoder = params["decoder"]
-    x_BMSD = transformer.embed(decoder["embedding"], traces.inputs, aug.transformer.config)
+    x_BMSD = transformer.embed(decoder["embedding"], traces.inputs, aug.decoder.config)
     bounds = traces.bounds
     given = None
     if isinstance(z, Inserted):
@@ -242,7 +245,7 @@ def decode(
         order = aug.reading_order(A)
         x_BMSD = x_BMSD[:, :, order]
     variables = {"params": decoder}
-    out_BMSD, kv = aug.transformer.apply(variables, x_BMSD, traces.position, bounds, cache, given)
+    out_BMSD, kv = aug.decoder.apply(variables, x_BMSD, traces.position, bounds, cache, given)
     if aug.every:
         out_BMSD = out_BMSD[:, :, np.argsort(order)]  # latents first again
     return out_BMSD[:, :, -A:], kv
@@ -251,12 +254,12 @@ def decode(
 def nll(aug: Augmentation, params: Params, x: jax.Array, targets: jax.Array) -> jax.Array:
     """Returns -log p of each target [B, ...] from outputs [B, ..., D]: nats, float32.
 
-    Training uses `summed_loss` instead.
+    Training uses `training_loss` instead.
     """
     return token_loss(*_loss_inputs(aug, params, x, targets)).reshape(targets.shape)
 
 
-def summed_loss(
+def training_loss(
     aug: Augmentation,
     params: Params,
     x: jax.Array,
@@ -264,7 +267,7 @@ def summed_loss(
     weights: jax.Array,
     teacher: jax.Array | None = None,
 ) -> jax.Array:
-    """Returns the sum of `loss.token_loss` times weights [B, ...], a float32 scalar, for training.
+    """Returns the sum of `loss.token_loss` times weights [B, ...], a float32 scalar.
 
     Args:
       x: outputs [B, ..., D].
@@ -273,7 +276,7 @@ def summed_loss(
     """
     x_BRD, table_VD, target_BR, softcap, chunk = _loss_inputs(aug, params, x, targets)
     weight_BR = weights.reshape(target_BR.shape)
-    shards = aug.transformer.partition.row_shards
+    shards = aug.decoder.partition.row_shards
     if teacher is not None:
         teacher = teacher.reshape(x_BRD.shape)
     return loss_lib.summed_loss(
@@ -285,12 +288,12 @@ def _loss_inputs(aug: Augmentation, params: Params, x: jax.Array, targets: jax.A
     """Returns the arguments of `loss.token_loss`, with the tokens of each row in one sequence."""
     B, D = x.shape[0], x.shape[-1]
     table_VD = transformer.output_table(params["decoder"])
-    chunk = tokens_at_a_time(aug.loss_chunk, B, aug.transformer.partition.row_shards)
+    chunk = tokens_at_a_time(aug.loss_chunk, B, aug.decoder.partition.row_shards)
     return (
         x.reshape(B, -1, D),
         table_VD,
         targets.reshape(B, -1),
-        aug.transformer.config.final_softcap,
+        aug.decoder.config.final_softcap,
         chunk,
     )
 
@@ -322,22 +325,35 @@ def loss(
       prompt_end: tokens that end a prompt, for the loss without latents; empty: all text counts.
       steps_end: see `traces.first_ahead`.
     """
-    reading = read_text(aug, params, tokens_BT, segment_BT, not aug.cache_is_enough)
-    if aug.writes_latents:
-        traces = aug.lay_out(tokens_BT, segment_BT, at_BM, num_ahead, delay_BM, steps_end)
-        z = write_latents(aug, params, reading, traces)
-        outputs, _ = decode(aug, params, z, reading.cache, traces)
-        teacher = teacher_outputs(reading, traces) if aug.distill else None
-        weights = traces.weights * ahead_weights(num_ahead)
-        total = summed_loss(aug, params, outputs, traces.targets, weights, teacher)
-        return total, jnp.sum(weights)
-    targets, next_segment_BT = (
-        jnp.pad(x[:, 1:], [(0, 0), (0, 1)]) for x in (tokens_BT, segment_BT)
-    )
-    counts = (segment_BT == next_segment_BT) & (segment_BT > 0)
-    counts &= traces_lib.follows_prompt(tokens_BT, segment_BT, prompt_end)
-    weights = counts.astype(jnp.float32)
-    return summed_loss(aug, params, reading.outputs, targets, weights), jnp.sum(weights)
+    reading = read_text(aug, params, tokens_BT, segment_BT, outputs=aug.needs_outputs)
+    if not aug.writes_latents:
+        return _text_loss(aug, params, reading, tokens_BT, segment_BT, prompt_end)
+    traces = aug.lay_out(tokens_BT, segment_BT, at_BM, num_ahead, delay_BM, steps_end)
+    z = write_latents(aug, params, reading, traces)
+    outputs, _ = decode(aug, params, z, reading.cache, traces)
+    teacher = teacher_outputs(reading, traces) if aug.distill else None
+    weights = traces.weights * ahead_weights(num_ahead)
+    total = training_loss(aug, params, outputs, traces.targets, weights, teacher)
+    return total, jnp.sum(weights)
+
+
+def _text_loss(
+    aug: Augmentation,
+    params: Params,
+    reading: Reading,
+    tokens_BT: jax.Array,
+    segment_BT: jax.Array,
+    prompt_end: Sequence[int],
+) -> tuple[jax.Array, jax.Array]:
+    """Returns Σ cross-entropy in nats and Σ tokens of all text after prompts, as `loss`."""
+    one_more = [(0, 0), (0, 1)]
+    targets_BT = jnp.pad(tokens_BT[:, 1:], one_more)
+    next_segment_BT = jnp.pad(segment_BT[:, 1:], one_more)
+    counts_BT = (segment_BT == next_segment_BT) & (segment_BT > 0)
+    counts_BT &= traces_lib.follows_prompt(tokens_BT, segment_BT, prompt_end)
+    weights_BT = counts_BT.astype(jnp.float32)
+    total = training_loss(aug, params, reading.outputs, targets_BT, weights_BT)
+    return total, jnp.sum(weights_BT)
 
 
 def teacher_outputs(reading: Reading, traces: Traces) -> jax.Array:

@@ -26,7 +26,7 @@ from latent_delib.nn.cache import KV, Cache
 from latent_delib.nn.sizes import TransformerConfig
 from latent_delib.nn.transformer import Params, Transformer
 
-# Logical axes of a coprocessor's soft tokens, and of the keys and values of `start_cartridge`.
+# Logical axes of a coprocessor's soft tokens, and of the keys and values of `init_cartridge`.
 AXES = {"soft_tokens": (None, "embed")}
 CARTRIDGE_AXES = {
     "keys": ("layers", None, "heads", None),
@@ -91,7 +91,7 @@ def body(decoder: Params) -> Params:
     return {name: decoder[name] for name in transformer.BODY if name in decoder}
 
 
-def start_from_decoder(key: jax.Array, decoder: Params, models: Models, num_latents: int) -> Params:
+def init_from_decoder(key: jax.Array, decoder: Params, models: Models, num_latents: int) -> Params:
     """Starts from the decoder's own layers.
 
     The tree has no token table, because a coprocessor never reads a token.
@@ -101,14 +101,14 @@ def start_from_decoder(key: jax.Array, decoder: Params, models: Models, num_late
     return tree | {"soft_tokens": soft_tokens(key, decoder["embedding"], num_latents)}
 
 
-def start_from_scratch(key: jax.Array, decoder: Params, models: Models, num_latents: int) -> Params:
+def init_from_scratch(key: jax.Array, decoder: Params, models: Models, num_latents: int) -> Params:
     """Starts from random layers of the decoder's shape."""
     body_key, soft_key = jax.random.split(key)
     tree = body(transformer.init(body_key, models.decoder.config))
     return tree | {"soft_tokens": soft_tokens(soft_key, decoder["embedding"], num_latents)}
 
 
-def start_with_soft_tokens(
+def init_soft_tokens(
     key: jax.Array,
     decoder: Params,
     models: Models,
@@ -119,7 +119,7 @@ def start_with_soft_tokens(
     return {"soft_tokens": soft_tokens(key, decoder["embedding"], num_latents)}
 
 
-def start_with_one_soft_token(
+def init_one_soft_token(
     key: jax.Array,
     decoder: Params,
     models: Models,
@@ -127,10 +127,10 @@ def start_with_one_soft_token(
 ) -> Params:
     """Starts from one vector for all latents, and no layers."""
     del num_latents
-    return start_with_soft_tokens(key, decoder, models, 1)
+    return init_soft_tokens(key, decoder, models, 1)
 
 
-def start_cartridge(key: jax.Array, decoder: Params, models: Models, num_latents: int) -> Params:
+def init_cartridge(key: jax.Array, decoder: Params, models: Models, num_latents: int) -> Params:
     """Starts from keys, not rotated, and values of every layer, [layers, L, K, H] each.
 
     The decoder computes them from N_L random tokens at position 0, where nothing is rotated.

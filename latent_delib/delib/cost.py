@@ -41,10 +41,10 @@ def step_flops(
       `remat`; see `flops.recomputed`.
     """
     method = METHODS[aug.method]
-    c = aug.transformer.config
-    remat = aug.transformer.remat
+    c = aug.decoder.config
+    remat = aug.decoder.remat
     vocabulary = 2 * c.vocab_size * c.embed_dim
-    text = flops.text(c, batch * seq_len, seq_len, not aug.cache_is_enough)
+    text = flops.text(c, batch * seq_len, seq_len, aug.needs_outputs)
     text_recomputed = 0.0
     if method.trains_decoder:
         text_recomputed = flops.recomputed(c, remat, batch * seq_len, seq_len)

@@ -12,8 +12,8 @@ from latent_delib.delib.coprocessor import (
     Models,
     Reading,
     body,
+    init_from_decoder,
     rotated,
-    start_from_decoder,
     write_in_one_pass,
 )
 from latent_delib.delib.traces import Traces
@@ -21,7 +21,7 @@ from latent_delib.nn import transformer
 from latent_delib.nn.products import einsum
 from latent_delib.nn.transformer import Params
 
-# Logical axes of the map to the decoder's width, and of all maps of `start_resized`.
+# Logical axes of the map to the decoder's width, and of all maps of `init_resized`.
 OUT_AXES = {"latents_out": (None, "embed")}
 MAP_AXES = OUT_AXES | {
     "keys_in": ("layers", None, None, "heads", None),
@@ -29,7 +29,7 @@ MAP_AXES = OUT_AXES | {
 }
 
 
-def start_resized(key: jax.Array, decoder: Params, models: Models, num_latents: int) -> Params:
+def init_resized(key: jax.Array, decoder: Params, models: Models, num_latents: int) -> Params:
     """Starts from random layers of the coprocessor's own shape.
 
     The maps from the decoder's cache, and to its width, are random too.
@@ -47,7 +47,7 @@ def start_resized(key: jax.Array, decoder: Params, models: Models, num_latents: 
     }
 
 
-def start_from_assistant(
+def init_from_assistant(
     key: jax.Array,
     assistant: Params,
     models: Models,
@@ -59,7 +59,7 @@ def start_from_assistant(
     coprocessor that starts from the decoder. A smaller map would have larger gradients, because
     each decoder layer norms its inputs.
     """
-    tree = start_from_decoder(key, assistant, models, num_latents)
+    tree = init_from_decoder(key, assistant, models, num_latents)
     return tree | {"latents_out": _latents_out(jax.random.fold_in(key, 1), models)}
 
 

@@ -20,15 +20,15 @@ from latent_delib.nn.transformer import Params
 class Method(NamedTuple):
     """Holds all that other modules need to know about a method.
 
-    start: (key, decoder, models, num_latents) -> the coprocessor's tree before the first step.
-      Layers that it lacks are those of the decoder. None: nothing but the decoder is trained.
+    init_coprocessor: (key, decoder, models, num_latents) -> the coprocessor's tree before the first
+      step. Layers that it lacks are those of the decoder. None: nothing but the decoder is trained.
     write: (params, models, reading, traces) -> latents in the dtype of the decoder's cache. None:
       the method writes none, and its objective is the language-modelling loss of the text (with
       `method.prompt_end`, of the tokens that follow prompts).
     cost: FLOPs of writing the latents of one step.
     axes: logical axes of the method's own parameters, by leaf name; no layer has these names. The
       axes are keys of `mesh.WEIGHTS`, or None. Each parameter is one array of "coprocessor". It
-      decays unless its name ends in "scale", "bias" or "soft_tokens" (`step.make_optimizer`).
+      decays unless its name ends in "scale", "bias" or "soft_tokens" (`delib.optimizer`).
     trains_decoder: the decoder itself is trained.
     reads_text: the latents depend on the text. Only such latents can be late, or be swapped for
       latents of another text; and only if they are not keys.
@@ -37,8 +37,8 @@ class Method(NamedTuple):
     starts_random: the coprocessor begins with random matrices, on which no adapter can build.
     own_size: the coprocessor may have another architecture than the decoder.
     has_assistant: another frozen decoder, the assistant, reads the text too. The coprocessor has
-      the assistant's architecture and begins from it: `start` gets the assistant in place of the
-      decoder, and leaves that the coprocessor's tree lacks are the assistant's layers.
+      the assistant's architecture and begins from it: `init_coprocessor` gets the assistant in
+      place of the decoder, and leaves that the coprocessor's tree lacks are the assistant's layers.
     writes_keys: the latents are keys and values, which hold their position. So they can neither be
       late nor be replaced by latents of another text, and only a placement that reads x_p again
       has an output that predicts the next token.
@@ -46,7 +46,7 @@ class Method(NamedTuple):
       that do not depend on the text.
     """
 
-    start: Callable[[jax.Array, Params, Models, int], Params] | None
+    init_coprocessor: Callable[[jax.Array, Params, Models, int], Params] | None
     write: Callable[[Params, Models, Reading, Traces], Latents] | None
     cost: Callable[[Writing], Flops] = flops.one_pass
     axes: Mapping[str, Axes] = {}
@@ -67,9 +67,14 @@ class Method(NamedTuple):
         in the parameters of `delib.augment`.
         """
         tree = {"decoder": decoder} if self.trains_decoder else {}
-        if self.start is not None:
-            tree["coprocessor"] = self.start(key, decoder, models, num_latents)
+        if self.init_coprocessor is not None:
+            tree["coprocessor"] = self.init_coprocessor(key, decoder, models, num_latents)
         return tree
+
+    @property
+    def writes_latents(self) -> bool:
+        """Tells whether the method writes latents; otherwise it trains a language model."""
+        return self.write is not None
 
 
 def param_axes(method: str) -> Mapping[str, Axes]:
@@ -90,51 +95,51 @@ _VECTORS: dict[str, Any] = dict(cost=flops.no_pass, reads_text=False, has_matric
 METHODS = {
     # The decoder alone; its training is ordinary language modelling.
     "decoder": Method(
-        start=None,
+        init_coprocessor=None,
         write=None,
         trains_decoder=True,
         reads_text=False,
     ),
     # Liu et al. 2025: the coprocessor starts from the decoder's weights, every weight is trained.
     "cache_augmentation": Method(
-        coprocessor.start_from_decoder,
+        coprocessor.init_from_decoder,
         coprocessor.write_in_one_pass,
     ),
     # Baselines of Liu et al.: a random start; reading the decoder's last-layer outputs, not its
     # cache.
     "from_scratch": Method(
-        coprocessor.start_from_scratch,
+        coprocessor.init_from_scratch,
         coprocessor.write_in_one_pass,
         starts_random=True,
     ),
     "last_layer": Method(
-        coprocessor.start_from_decoder,
+        coprocessor.init_from_decoder,
         coprocessor.write_from_last_layer,
         cost=flops.pass_over_text_too,
         reads_outputs=True,
     ),
     # Goyal et al. 2023: trained vectors, whatever the text; one vector L times, or L vectors.
     "pause_tokens": Method(
-        coprocessor.start_with_one_soft_token,
+        coprocessor.init_one_soft_token,
         coprocessor.write_soft_tokens,
         **_VECTORS,
     ),
     "static_tokens": Method(
-        coprocessor.start_with_soft_tokens,
+        coprocessor.init_soft_tokens,
         coprocessor.write_soft_tokens,
         **_VECTORS,
     ),
     # Sun et al. 2025 (latent tokens): trained vectors that recur among the tokens. Tokens see all
     # vectors before them, and keep their positions.
     "latent_tokens": Method(
-        coprocessor.start_with_soft_tokens,
+        coprocessor.init_soft_tokens,
         coprocessor.write_soft_tokens,
         recurs=True,
         **_VECTORS,
     ),
     # Eyuboglu et al. 2025 (Cartridges): trained keys and values in each layer, whatever the text.
     "cartridge": Method(
-        coprocessor.start_cartridge,
+        coprocessor.init_cartridge,
         coprocessor.write_cartridge,
         axes=coprocessor.CARTRIDGE_AXES,
         writes_keys=True,
@@ -144,24 +149,24 @@ METHODS = {
     # trained together (H2); one model that writes its own latents (the unified baseline). With
     # adapters, the coprocessor of "joint" has those of the decoder too, and adds its own.
     "inserted": Method(
-        coprocessor.start_from_decoder,
+        coprocessor.init_from_decoder,
         coprocessor.write_keys_and_values,
         writes_keys=True,
     ),
     "joint": Method(
-        coprocessor.start_from_decoder,
+        coprocessor.init_from_decoder,
         coprocessor.write_in_one_pass,
         trains_decoder=True,
     ),
     "unified": Method(
-        coprocessor.start_with_soft_tokens,
+        coprocessor.init_soft_tokens,
         coprocessor.write_in_one_pass,
         trains_decoder=True,
     ),
     # Xu et al. 2025 (SoftCoT), Fu et al. 2025 (Cache-to-Cache): the coprocessor starts from another
     # pretrained decoder, and reads the cache which that decoder keeps of the text.
     "assistant": Method(
-        mapped.start_from_assistant,
+        mapped.init_from_assistant,
         mapped.write_by_assistant,
         cost=flops.pass_of_assistant_too,
         axes=mapped.OUT_AXES,
@@ -169,19 +174,19 @@ METHODS = {
     ),
     # Hao et al. 2024 (Coconut): the trained decoder's own outputs, fed back as its next inputs.
     "feedback": Method(
-        coprocessor.start_with_one_soft_token,
+        coprocessor.init_one_soft_token,
         coprocessor.write_feedback,
         cost=flops.pass_per_thought,
         trains_decoder=True,
     ),
     # Future work of Liu et al.: latents one after another; a coprocessor of another size.
     "sequential": Method(
-        coprocessor.start_from_decoder,
+        coprocessor.init_from_decoder,
         coprocessor.write_one_after_another,
         cost=flops.pass_per_latent,
     ),
     "resized": Method(
-        mapped.start_resized,
+        mapped.init_resized,
         mapped.write_through_maps,
         axes=mapped.MAP_AXES,
         starts_random=True,

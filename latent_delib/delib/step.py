@@ -1,7 +1,4 @@
-"""Optimizer, train state, train step and evaluation steps, as pure functions.
-
-The commands jit them.
-"""
+"""The training step and the evaluation steps, as pure functions that the commands jit."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,19 +8,29 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from optax.contrib import MuonDimensionNumbers, muon
 
 from latent_delib.delib import augment
 from latent_delib.delib import traces as traces_lib
 from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.coprocessor import Reading
-from latent_delib.nn.layers import INPUT_AXES
 from latent_delib.nn.transformer import Params
 
 # (aug, params, outputs [..., D], tokens [...] that the outputs predict) -> arrays [...].
 Score = Callable[[Augmentation, Params, jax.Array, jax.Array], Any]
-# Tokens, segments, trace positions and delays of latents: int32 [B, T], [B, T], [B, M], [B, M].
-Batch = tuple[jax.Array, ...]
+
+
+class TracedBatch(NamedTuple):
+    """Holds the rows of a batch and their traces, int32.
+
+    tokens, segment: the text and the document number of each token, 0 on padding, [B, T].
+    at: text tokens at which the cache is augmented, [B, M].
+    delay: number of tokens by which the latents of each trace are written early, [B, M].
+    """
+
+    tokens: jax.Array
+    segment: jax.Array
+    at: jax.Array
+    delay: jax.Array
 
 
 class TrainState(NamedTuple):
@@ -36,100 +43,6 @@ class TrainState(NamedTuple):
     step: jax.Array
     trainable: Params
     opt_state: optax.OptState
-
-
-class Optimizer(NamedTuple):
-    """Holds an optimizer, and the learning rate that it uses as a function of the steps done."""
-
-    tx: optax.GradientTransformation
-    learning_rate: optax.Schedule
-
-
-def _adamw(o: Any) -> optax.GradientTransformation:
-    return optax.scale_by_adam(o.b1, o.b2, o.eps)
-
-
-def _adafactor(o: Any) -> optax.GradientTransformation:
-    """Scales as Shazeer and Stern 2018 do, by optax's defaults.
-
-    The learning rate is relative to the root mean square of a leaf.
-    """
-    del o
-    return optax.chain(
-        optax.scale_by_factored_rms(),
-        optax.clip_by_block_rms(1.0),
-        optax.scale_by_param_block_rms(),
-    )
-
-
-def _muon(o: Any) -> optax.GradientTransformation:
-    """Makes the updates of a layer's matrices orthogonal (Jordan et al. 2024).
-
-    Each update is about as large as Adam's are in practice (arXiv 2502.16982), so one learning rate
-    serves both. Adam with Nesterov's momentum scales all other leaves.
-    """
-
-    def axes(path: tuple, leaf: jax.Array) -> MuonDimensionNumbers | None:
-        inputs = INPUT_AXES.get(path[-1].key)
-        if inputs is None:
-            return None
-        first_output = 1 + inputs  # axis 0 is "layers"
-        return MuonDimensionNumbers(
-            tuple(range(1, first_output)), tuple(range(first_output, leaf.ndim))
-        )
-
-    return muon(
-        learning_rate=-1.0,  # the rate and the sign are applied later
-        beta=o.b1,
-        eps=o.eps,
-        adam_b1=o.b1,
-        adam_b2=o.b2,
-        muon_weight_dimension_numbers=lambda params: jax.tree.map_with_path(axes, params),
-        consistent_rms=0.2,
-    )
-
-
-# How each optimizer scales gradients. Clipping, weight decay and rates are the same for all.
-OPTIMIZERS = {"adamw": _adamw, "adafactor": _adafactor, "muon": _muon}
-
-
-def make_optimizer(o: Any, steps: int) -> Optimizer:
-    """Makes the optimizer of a job of `steps` steps.
-
-    Gradients are clipped by global norm and scaled, then weight decay is added. The learning rate
-    warms up linearly to its peak, then follows a cosine to `final_fraction` of the peak at the last
-    step; a job that is shorter than the warm-up ends within it. Soft tokens have a peak rate of
-    their own. Soft tokens, norms and biases do not decay.
-
-    Args:
-      o: config.optimizer.
-    """
-    learning_rate = optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=o.learning_rate,
-        warmup_steps=o.warmup_steps,
-        decay_steps=max(steps, o.warmup_steps + 1),
-        end_value=o.learning_rate * o.final_fraction,
-    )
-
-    def decays(path: tuple, _: jax.Array) -> bool:
-        return not path[-1].key.endswith(("scale", "soft_tokens", "bias"))
-
-    ratio = o.soft_token_learning_rate / o.learning_rate
-
-    def at_own_rate(path: tuple, update: jax.Array) -> jax.Array:
-        return update * ratio if path[-1].key == "soft_tokens" else update
-
-    tx = optax.chain(
-        optax.clip_by_global_norm(o.clip_norm),
-        OPTIMIZERS[o.name](o),
-        optax.add_decayed_weights(
-            o.weight_decay, lambda params: jax.tree.map_with_path(decays, params)
-        ),
-        optax.scale_by_learning_rate(learning_rate),
-        optax.stateless(lambda updates, _: jax.tree.map_with_path(at_own_rate, updates)),
-    )
-    return Optimizer(tx, learning_rate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,9 +89,9 @@ def train_step(
       state: donated by the jitted step.
       frozen: parameters that are not trained, in the dtype of the computation.
       batch: "tokens" and "segment", int32 [B, T].
-      tx: the optimizer of `make_optimizer`.
-      skip_bad: where loss or gradient is not finite, keep weights and moments. Counters go on, and
-        with them the learning rate.
+      tx: the optimizer of `optimizer.make_optimizer`.
+      skip_bad: where loss or gradient is not finite, keep weights and moments. The step counter
+        still advances, and the learning rate follows it.
 
     Returns:
       The new state, and float32 scalars: loss (nats per token), tokens, grad_norm (before
@@ -188,12 +101,12 @@ def train_step(
     whole = _with_traces(objective, batch, state.step)
     frozen = augment.with_whole_tables(aug, frozen)  # before the loop over parts
 
-    def loss_sum(trained: Params, part: Batch) -> tuple[jax.Array, jax.Array]:
+    def loss_sum(trained: Params, part: TracedBatch) -> tuple[jax.Array, jax.Array]:
         # Trained tables are gathered here, so that their gradients are sharded as they are.
         params = augment.assemble(frozen, augment.with_whole_tables(aug, trained))
         return _loss_sum(objective, params, part)
 
-    # Gradients are of the cast weights, and so summed over devices in the computation's dtype.
+    # Differentiate by the cast weights, so that gradients are summed over devices in their dtype.
     trained = jax.tree.map(lambda x: x.astype(objective.dtype), state.trainable)
     if parts == 1:
         (loss, tokens), grads = jax.value_and_grad(loss_sum, has_aux=True)(trained, whole)
@@ -214,12 +127,12 @@ def train_step(
 def _sum_over_parts(
     loss_sum: Callable,
     trained: Params,
-    whole: Batch,
+    whole: TracedBatch,
     accumulation: int,
 ) -> Any:
     """Adds up loss, tokens and float32 gradients over the parts of a batch, in turn."""
 
-    def add(total: Any, part: Batch) -> tuple[Any, None]:
+    def add(total: Any, part: TracedBatch) -> tuple[Any, None]:
         found = jax.value_and_grad(loss_sum, has_aux=True)(trained, part)
         return jax.tree.map(jnp.add, total, found), None
 
@@ -229,7 +142,9 @@ def _sum_over_parts(
     return total
 
 
-def _with_traces(objective: Objective, batch: dict[str, jax.Array], number: jax.Array) -> Batch:
+def _with_traces(
+    objective: Objective, batch: dict[str, jax.Array], number: jax.Array
+) -> TracedBatch:
     """Draws traces and delays for the text of a batch, by the seed and the batch's number."""
     o = objective
     tokens_BT, segment_BT = batch["tokens"], batch["segment"]
@@ -237,19 +152,27 @@ def _with_traces(objective: Objective, batch: dict[str, jax.Array], number: jax.
     num_traces = min(o.num_traces, tokens_BT.shape[1] - 1)  # a plain decoder uses none
     at_BM = traces_lib.draw(key, tokens_BT, segment_BT, num_traces, o.prompt_end, o.steps_end)
     delay_BM = traces_lib.draw_delays(jax.random.fold_in(key, 1), at_BM, o.max_delay)
-    return tokens_BT, segment_BT, at_BM, delay_BM
+    return TracedBatch(tokens_BT, segment_BT, at_BM, delay_BM)
 
 
-def _loss_sum(objective: Objective, params: Params, part: Batch) -> tuple[jax.Array, jax.Array]:
+def _loss_sum(
+    objective: Objective, params: Params, part: TracedBatch
+) -> tuple[jax.Array, jax.Array]:
     """Returns the sums of `augment.loss` over a part of a batch."""
-    o = objective
-    tokens, segment, at, delay = part
     return augment.loss(
-        o.aug, params, tokens, segment, at, o.num_ahead, delay, o.prompt_end, o.steps_end
+        objective.aug,
+        params,
+        part.tokens,
+        part.segment,
+        part.at,
+        num_ahead=objective.num_ahead,
+        delay_BM=part.delay,
+        prompt_end=objective.prompt_end,
+        steps_end=objective.steps_end,
     )
 
 
-def _parts(whole: Batch, accumulation: int) -> Batch:
+def _parts(whole: TracedBatch, accumulation: int) -> TracedBatch:
     """Splits a batch into equal parts along a new first axis.
 
     Part i takes rows i, i + accumulation, ...: rows stay on the devices that hold them.

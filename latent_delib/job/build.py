@@ -44,12 +44,12 @@ def partition(mesh: Mesh) -> Partition:
     Each mesh has one such object, so that equal models compile once.
     """
     return Partition(
-        mesh_lib.constrain(mesh),
-        mesh_lib.gather(mesh),
-        mesh_lib.product(mesh),
-        mesh_lib.split(mesh),
-        mesh_lib.shards(mesh, "batch"),
-        shared_memory_of(mesh.devices.flat[0]),
+        constrain=mesh_lib.constrain(mesh),
+        gather=mesh_lib.gather(mesh),
+        product=mesh_lib.product(mesh),
+        split=mesh_lib.split(mesh),
+        row_shards=mesh_lib.shards(mesh, "batch"),
+        shared_memory=shared_memory_of(mesh.devices.flat[0]),
     )
 
 
@@ -102,7 +102,7 @@ def augmentation(
     """Returns the method of a run, with its models, which `model` makes of their architectures."""
     own = own_architecture(record, decoder)
     return Augmentation(
-        transformer=model(decoder),
+        decoder=model(decoder),
         method=record["method.name"],
         num_latents=record["method.num_latents"],
         placement=record["method.placement"],

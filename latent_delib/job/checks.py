@@ -9,7 +9,7 @@ from latent_delib.data import questions
 from latent_delib.data.rows import check_data
 from latent_delib.data.sources import has_steps
 from latent_delib.delib.methods import METHODS
-from latent_delib.delib.step import OPTIMIZERS
+from latent_delib.delib.optimizer import OPTIMIZERS
 from latent_delib.delib.traces import PLACEMENTS
 from latent_delib.errors import UserError
 from latent_delib.job.build import ATTENTION, DTYPES
@@ -167,10 +167,10 @@ def _check_method(m: ConfigDict) -> None:
             f"config.method.lora_rank={m.lora_rank}: a coprocessor of method {m.name!r} starts "
             "at random; expected config.method.start, a trained one to which adapters are added"
         )
-    if m.max_delay and row.write is not None:
+    if m.max_delay and row.writes_latents:
         _check_moved("method.max_delay", m.max_delay, m.name)
-    if m.visible_text and (row.write is None or row.recurs):
-        why = "has no latents" if row.write is None else "has latents that recur"
+    if m.visible_text and (not row.writes_latents or row.recurs):
+        why = "has no latents" if not row.writes_latents else "has latents that recur"
         raise UserError(
             f"config.method.visible_text={m.visible_text}: method {m.name!r} {why}; leave it 0"
         )
@@ -228,7 +228,7 @@ def _check_distill(m: ConfigDict) -> None:
     row = METHODS[m.name]
     if m.distill > 1:
         raise UserError(f"{given}: expected at least 0 and at most 1")
-    if row.write is None or row.trains_decoder:
+    if not row.writes_latents or row.trains_decoder:
         raise UserError(
             f"{given}: method {m.name!r} trains the decoder; expected a method that writes latents "
             "for a frozen one, which is the teacher"
@@ -283,7 +283,7 @@ def _check_trace_length(config: ConfigDict) -> None:
     """Raises UserError if a row is too short for the ahead tokens, traces or visible text."""
     m = config.method
     length = config.data.seq_len
-    if METHODS[m.name].write is None:
+    if not METHODS[m.name].writes_latents:
         return
     for key, most, why in (
         ("num_ahead", length - 1, "the tokens after the first in"),

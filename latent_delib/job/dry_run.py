@@ -48,13 +48,13 @@ def dry_run(config: ConfigDict, workdir: str, topology: str = "") -> dict[str, A
     plan = planning.make(exp)
     print(planning.summary(exp, plan), flush=True)
     began = time.perf_counter()
-    compiled = compile_step(exp, plan)
+    compiled = compile_or_explain(exp, plan)
     result = {
         "topology": topology,
         "chip": exp.mesh.devices.flat[0].device_kind,
         "chips": exp.mesh.size,
         "mesh": dict(exp.mesh.shape),
-        "attention": exp.aug.transformer.form,
+        "attention": exp.aug.decoder.form,
         "compile_seconds": time.perf_counter() - began,
         **needs(exp, plan, compiled),
     }
@@ -98,7 +98,7 @@ def slice_of(topology: str) -> Sequence[Any]:
         raise UserError(f"--topology={topology}: {hint}: {reason(error)}") from None
 
 
-def compile_step(exp: Experiment, plan: Plan) -> jax.stages.Compiled:
+def compile_or_explain(exp: Experiment, plan: Plan) -> jax.stages.Compiled:
     """Compiles the step. Raises UserError where it needs more memory than a chip has."""
     try:
         return planning.compile_step(exp, plan)
@@ -131,7 +131,7 @@ def needs(exp: Experiment, plan: Plan, compiled: jax.stages.Compiled) -> dict[st
     return {
         "memory": memory,
         "memory_limit": chips.chip_of(exp.mesh.devices.flat[0]).memory,
-        "flops": estimate.step_flops(exp),
+        "flops": estimate.device_flops(exp),
     }
 
 

@@ -40,14 +40,14 @@ def step_seconds(computed: float, received: float, trainable: float, chip: Chip)
     return max(compute, links) + update
 
 
-def step_flops(exp: Experiment) -> dict[str, float]:
+def device_flops(exp: Experiment) -> dict[str, float]:
     """Returns the FLOPs of a device per step: useful ones, and those that are done again."""
     c = exp.config
     rows = c.train.batch_size
     length = c.data.seq_len
     useful, again = cost.step_flops(exp.aug, rows, length, c.method.num_traces, c.method.num_ahead)
     for name, reader in exp.aug.readers.items():
-        outputs = name == "decoder" and not exp.aug.cache_is_enough
+        outputs = name == "decoder" and exp.aug.needs_outputs
         text = flops.text(reader.config, rows * length, length, outputs)
         again += (mesh_lib.shards(exp.mesh, "traces") - 1) * text
     return {"useful": useful / exp.mesh.size, "done again": again / exp.mesh.size}
@@ -61,7 +61,7 @@ def received(exp: Experiment) -> float:
     itself, or writes latents one by one, receives more than this. So does a job that trains token
     tables: for each part of a batch it gathers them, and sums their gradients once per use.
     """
-    architecture = exp.aug.transformer.config
+    architecture = exp.aug.decoder.config
     method = METHODS[exp.aug.method]
     tensor = mesh_lib.shards(exp.mesh, "heads")
     split = mesh_lib.shards(exp.mesh, "embed", mesh_lib.WEIGHTS)
@@ -74,7 +74,7 @@ def received(exp: Experiment) -> float:
     if not (exp.aug.writes_latents and method.has_matrices):
         coprocessor_uses = 0
     uses = decoder_uses * _matrices(architecture)
-    if exp.aug.cache_is_enough:
+    if not exp.aug.needs_outputs:
         uses -= flops.per_token_beyond_cache(architecture) // 2
     uses += coprocessor_uses * _matrices(exp.aug.models.coprocessor.config)
     tables = (1 + architecture.untied_head) * architecture.vocab_size * architecture.embed_dim
@@ -91,7 +91,7 @@ def received(exp: Experiment) -> float:
 
 def trained(exp: Experiment) -> int:
     """Returns the number of trained weights in the matrices of layers; adapters do not count."""
-    leaves = jax.tree_util.tree_leaves_with_path(parameters.trainable_shapes(exp))
+    leaves = jax.tree_util.tree_leaves_with_path(parameters.trainable_on_mesh(exp))
     return sum(leaf.size for path, leaf in leaves if path[-1].key in INPUT_AXES)
 
 
@@ -123,10 +123,10 @@ def activations(exp: Experiment) -> float:
         read += rows * c.data.seq_len
     if exp.aug.writes_latents and method.has_matrices:
         written = traces * c.method.num_latents
-    kept = read * _kept(exp, exp.aug.transformer.config)
+    kept = read * _kept(exp, exp.aug.decoder.config)
     kept += written * _kept(exp, exp.aug.models.coprocessor.config)
     at_a_time = rows * tokens_at_a_time(c.compute.loss_chunk, sequences, shards)
-    vocabulary = exp.aug.transformer.config.vocab_size / mesh_lib.shards(exp.mesh, "heads")
+    vocabulary = exp.aug.decoder.config.vocab_size / mesh_lib.shards(exp.mesh, "heads")
     if exp.aug.distill:
         vocabulary *= 2
     return kept + min(at_a_time, predicted) * vocabulary * jnp.dtype(jnp.float32).itemsize
@@ -138,9 +138,9 @@ def _kept(exp: Experiment, c: TransformerConfig) -> float:
     heads = c.num_heads * c.head_dim / split
     keys_and_values = 2 * c.num_kv_heads * c.head_dim / split
     kept = float(c.embed_dim)  # the input
-    if exp.aug.transformer.remat != "full":
+    if exp.aug.decoder.remat != "full":
         kept += heads  # the result of attention
-    if exp.aug.transformer.remat in ("none", "dots"):
+    if exp.aug.decoder.remat in ("none", "dots"):
         features = (1 if c.plain_mlp else 2) * c.ffn_dim / split
         kept += heads + keys_and_values + features + 2 * c.embed_dim
     return c.num_layers * kept * jnp.dtype(exp.dtype).itemsize

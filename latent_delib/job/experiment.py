@@ -84,7 +84,7 @@ def read(config: ConfigDict, devices: Sequence[Any] | None = None) -> Experiment
     assistant = _assistant(config, tokenizer)
     record = _record(config, decoder, architecture, tokenizer, assistant)
     if config.method.start and config.method.lora_rank:
-        with suppress(UserError):  # `parameters.open_start` says why, once the start is needed
+        with suppress(UserError):  # `parameters.checked_start` says why, once the start is needed
             _, meta = build.open_start(config.method.start)
             record = dataclasses.replace(record, start=build.start_fingerprint(meta))
     mesh = mesh_lib.make(config.mesh, devices)

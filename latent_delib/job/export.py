@@ -54,6 +54,6 @@ def export_decoder(
     with to_be_whole as partial:
         tokenizer_files.copy_tokenizer(exp.tokenizer.path, partial)
         entries = {name: (leaf.shape, dtype) for name, leaf in leaves.items()}
-        folder.write_model(partial, exp.aug.transformer.config, entries, arrays)
+        folder.write_model(partial, exp.aug.decoder.config, entries, arrays)
         (partial / TRAINED).write_text(json.dumps({"step": step}) + "\n")
     print(f"trained decoder: {path}", flush=True)

@@ -69,7 +69,7 @@ class Metrics:
         # Computed now: during training the device would answer only after the step that is running.
         self.learning_rates = np.asarray(jax.vmap(learning_rate)(np.arange(t.steps)))
         self.tokens = t.batch_size * c.data.seq_len
-        self.flops = estimate.step_flops(exp)["useful"]  # of a device
+        self.flops = estimate.device_flops(exp)["useful"]  # of a device
         self.peak = chips.chip_of(jax.devices()[0]).peak or math.nan
         self.pending: tuple[int, dict[str, jax.Array], dict[str, float]] | None = None
         self.predicted = False  # whether any step had tokens to predict

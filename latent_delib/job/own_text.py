@@ -47,11 +47,11 @@ def make_tokens(config: Any, workdir: str) -> None:
     """
     check(config)
     check_steps(config)
-    prepare(config, tokens_of(workdir))
-    config.data.token_files = tokens_of(workdir)
+    prepare(config, token_folder(workdir))
+    config.data.token_files = token_folder(workdir)
 
 
-def tokens_of(workdir: str) -> str:
+def token_folder(workdir: str) -> str:
     """Returns the folder of the token files that `make_tokens` makes."""
     return f"{workdir.rstrip('/')}/tokens"
 

@@ -21,11 +21,11 @@ from latent_delib.nn.transformer import Params
 from latent_delib.weights import folder
 
 
-def frozen_shapes(exp: Experiment) -> Params:
+def frozen_on_mesh(exp: Experiment) -> Params:
     """Returns the shapes of the frozen parameters, with dtype and shardings."""
     frozen = _decoder_shapes(exp.aug)
     if exp.adapts_start:
-        frozen |= _trainable(exp)
+        frozen |= trainable_shapes(exp.aug)
     return _on_mesh(exp, frozen, exp.dtype)
 
 
@@ -51,9 +51,15 @@ def _decoder_shapes(aug: Augmentation) -> Params:
     return {reader: folder.shapes(model.config) for reader, model in aug.readers.items()}
 
 
-def trainable_shapes(exp: Experiment) -> Params:
+def trainable_shapes(aug: Augmentation, rank: int = 0) -> Params:
+    """Returns the shapes of a method's trainable tree, float32; `rank` as in `init_trainable`."""
+    starting_decoder = augment.starting_decoder_of(_decoder_shapes(aug))
+    return jax.eval_shape(init_trainable(aug, rank), jax.random.key(0), starting_decoder)
+
+
+def trainable_on_mesh(exp: Experiment) -> Params:
     """Returns the shapes of the trainable tree, float32, with shardings."""
-    return _on_mesh(exp, _trainable(exp, exp.config.method.lora_rank))
+    return _on_mesh(exp, trainable_shapes(exp.aug, exp.config.method.lora_rank))
 
 
 def init_trainable(aug: Augmentation, rank: int) -> Callable[..., Params]:
@@ -89,7 +95,7 @@ def _adapters(key: jax.Array, tree: Params, rank: int) -> Params:
 
 def place_decoder(exp: Experiment, dtype: Any) -> Params:
     """Loads the decoder's weights onto the mesh in `dtype`; without a folder, draws them."""
-    architecture = exp.aug.transformer.config
+    architecture = exp.aug.decoder.config
     shardings = build.decoder_shardings(exp.mesh, architecture)
     if exp.decoder is not None:
         return folder.load(exp.decoder, architecture, dtype, shardings)
@@ -106,18 +112,19 @@ def place_start(exp: Experiment, dtype: Any) -> Params:
     Additional soft tokens begin as copies of the last one in that tree.
 
     Raises:
-      UserError: as `open_start`.
+      UserError: as `checked_start`.
     """
     _, step = exp.start
-    checkpoints, latents = open_start(exp)
-    wanted = {"trainable": _on_mesh(exp, _trainable(exp, num_latents=latents))}
+    checkpoints, latents = checked_start(exp)
+    before = trainable_shapes(dataclasses.replace(exp.aug, num_latents=latents))
+    wanted = {"trainable": _on_mesh(exp, before)}
     found = checkpoints.restore_newest(wanted, step=step)
 
     def fitted(x: jax.Array, here: jax.ShapeDtypeStruct) -> jax.Array:
         more = [(0, now - before) for before, now in zip(x.shape, here.shape, strict=True)]
         return jnp.pad(x.astype(dtype), more, mode="edge")
 
-    here = _on_mesh(exp, _trainable(exp))
+    here = _on_mesh(exp, trainable_shapes(exp.aug))
     fit = jax.jit(
         lambda tree: jax.tree.map(fitted, tree, here),
         out_shardings=jax.tree.map(lambda x: x.sharding, here),
@@ -125,8 +132,8 @@ def place_start(exp: Experiment, dtype: Any) -> Params:
     return fit(found.trainable)
 
 
-def open_start(exp: Experiment) -> tuple[checkpoint.Checkpoints, int]:
-    """Checks the checkpoint that training begins with; reads no weights.
+def checked_start(exp: Experiment) -> tuple[checkpoint.Checkpoints, int]:
+    """Opens the checkpoint that training begins with, and checks it; reads no weights.
 
     Returns:
       The checkpoints of its run, and its number of latents.
@@ -151,8 +158,9 @@ def _require_room(exp: Experiment, there: Record, given: str) -> None:
     Additional soft tokens are made from the start's; additional keys and values are not.
     """
     latents = there["method.num_latents"]
-    before = folder.by_name(_trainable(exp, num_latents=latents))
-    for name, leaf in folder.by_name(_trainable(exp)).items():
+    aug_before = dataclasses.replace(exp.aug, num_latents=latents)
+    before = folder.by_name(trainable_shapes(aug_before))
+    for name, leaf in folder.by_name(trainable_shapes(exp.aug)).items():
         shape = before[name].shape
         grows = name == "coprocessor.soft_tokens" and leaf.shape[0] > shape[0]
         if leaf.shape != shape and not grows:
@@ -160,25 +168,6 @@ def _require_room(exp: Experiment, there: Record, given: str) -> None:
                 f"{given}: method.num_latents is {latents} there, {exp.aug.num_latents} here; "
                 f"method {exp.aug.method!r} has weights for each latent; name another checkpoint"
             )
-
-
-def _trainable(exp: Experiment, rank: int = 0, num_latents: int | None = None) -> Params:
-    """Returns the shapes of a trainable tree.
-
-    Args:
-      rank: the rank of adapters; 0: the tree has no adapters.
-      num_latents: N_L; by default the config's.
-    """
-    aug = exp.aug
-    if num_latents is not None:
-        aug = dataclasses.replace(aug, num_latents=num_latents)
-    return shapes_to_train(aug, rank)
-
-
-def shapes_to_train(aug: Augmentation, rank: int = 0) -> Params:
-    """Returns the shapes of a method's trainable tree, float32; `rank` as in `init_trainable`."""
-    begun_from = augment.starting_decoder(_decoder_shapes(aug))
-    return jax.eval_shape(init_trainable(aug, rank), jax.random.key(0), begun_from)
 
 
 def _on_mesh(exp: Experiment, shapes: Params, dtype: Any = None) -> Params:

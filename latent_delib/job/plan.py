@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from latent_delib import mesh as mesh_lib
-from latent_delib.delib.step import Objective, Optimizer, TrainState, make_optimizer, train_step
+from latent_delib.delib.optimizer import Optimizer, make_optimizer
+from latent_delib.delib.step import Objective, TrainState, train_step
 from latent_delib.errors import UserError
 from latent_delib.job import parameters
 from latent_delib.job.experiment import Experiment
@@ -45,7 +46,7 @@ def make(exp: Experiment) -> Plan:
             f"expected a multiple of {c.train.accumulation * split}"
         )
     optimizer = make_optimizer(c.optimizer, c.train.steps)
-    trainable = parameters.trainable_shapes(exp)
+    trainable = parameters.trainable_on_mesh(exp)
     whole = mesh_lib.replicated(exp.mesh)
     state = TrainState(
         jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
@@ -63,7 +64,7 @@ def make(exp: Experiment) -> Plan:
     )
     return Plan(
         state=state,
-        frozen={} if exp.trains_whole_decoder else parameters.frozen_shapes(exp),
+        frozen={} if exp.trains_whole_decoder else parameters.frozen_on_mesh(exp),
         batch={"tokens": row, "segment": row},
         optimizer=optimizer,
         step=jax.jit(step, out_shardings=(shardings_of(state), whole), donate_argnums=0),
@@ -173,6 +174,6 @@ def _shapes(exp: Experiment) -> str:
     if c.train.accumulation > 1:
         parts.append(f"in {c.train.accumulation} parts")
     parts.append(c.compute.dtype)
-    parts.append(f"attention {exp.aug.transformer.form}")
+    parts.append(f"attention {exp.aug.decoder.form}")
     parts.append(f"remat {c.compute.remat}")
     return ", ".join(parts)

@@ -192,7 +192,7 @@ def estimate_all(config: ConfigDict, devices: Sequence[Any]) -> list[Estimate]:
         except UserError:  # traces that mesh.traces does not divide
             continue
         received = estimate.received(exp)
-        computed = sum(estimate.step_flops(exp).values())
+        computed = sum(estimate.device_flops(exp).values())
         weights = 4 * estimate.trained(exp) / (setting.fsdp * setting.traces * config.mesh.tensor)
         seconds = estimate.step_seconds(computed, received, weights, chip)
         found.append(Estimate(setting, seconds, received))

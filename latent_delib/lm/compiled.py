@@ -58,7 +58,7 @@ def prefill(
         text=jnp.pad(text_BT, [(0, 0), (0, room)], constant_values=pad_id),
         length=length_B,
         position=length_B,
-        logits=transformer.unembed(output_VD, last_BD, aug.transformer.config),
+        logits=transformer.unembed(output_VD, last_BD, aug.decoder.config),
         ended=length_B == 0,
     )
     more = room + aug.count_latents(room)
@@ -71,7 +71,7 @@ def prefill(
 
 def _place(aug: Augmentation, cache: Cache) -> Cache:
     """Puts rows and heads of a cache onto the devices that use them."""
-    constrain = aug.transformer.partition.constrain
+    constrain = aug.decoder.partition.constrain
     k = constrain(cache.k, cache_lib.AXES)
     v = constrain(cache.v, cache_lib.AXES)
     return cache._replace(k=k, v=v)
@@ -192,7 +192,7 @@ def join(
     output_VD = transformer.output_table(params["decoder"])
     state = state._replace(
         position=traces.position[:, 0, -1] + 1,
-        logits=transformer.unembed(output_VD, out_BMAD[:, 0, -1], aug.transformer.config),
+        logits=transformer.unembed(output_VD, out_BMAD[:, 0, -1], aug.decoder.config),
     )
     # Latents may share positions with text before them.
     return state, _place(aug, cache_lib.by_position(cache))
@@ -215,7 +215,7 @@ def decode_tokens(
 
     A row's draws depend on its own key and on the number of tokens before, not on other rows.
     """
-    config = aug.transformer.config
+    config = aug.decoder.config
     decoder = params["decoder"]
     output_VD = transformer.output_table(decoder)
     row = jnp.arange(state.length.shape[0])
@@ -226,7 +226,7 @@ def decode_tokens(
         token_B = sampler(jax.vmap(jax.random.fold_in)(key_B, state.length), state.logits)
         token_B = jnp.where(state.ended, pad_id, token_B)
         position_B1 = state.position[:, None]
-        x_BSD, kv = _decode_more(aug.transformer, decoder, token_B[:, None], position_B1, cache)
+        x_BSD, kv = _decode_more(aug.decoder, decoder, token_B[:, None], position_B1, cache)
         after = Decoding(
             text=state.text.at[row, state.length].set(token_B),
             length=state.length + 1,

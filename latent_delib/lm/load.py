@@ -181,7 +181,7 @@ def _load_coprocessor(workdir: str | os.PathLike, step: int | None) -> Coprocess
         return _exported(where, step)
     checkpoints, meta = checkpoint.open_for_reading(workdir, step)
     name = Record.from_meta(meta, workdir)["method.name"]
-    if METHODS[name].write is None:
+    if not METHODS[name].writes_latents:
         raise UserError(f"{workdir}: method {name!r} has no coprocessor")
     found = checkpoints.restore_newest(step=step)
     record = Record.from_meta(found.meta, workdir)
@@ -204,7 +204,7 @@ def _load_coprocessor(workdir: str | os.PathLike, step: int | None) -> Coprocess
 def _exported(where: Path, step: int | None) -> Coprocessor:
     fields, params = exported.load(where, step)
     record = Record.from_meta(fields["record"], str(where))
-    writing = [name for name, method in METHODS.items() if method.write is not None]
+    writing = [name for name, method in METHODS.items() if method.writes_latents]
     for key, known in (("method.name", writing), ("method.placement", PLACEMENTS)):
         if record[key] not in known:
             raise UserError(f"{where}: {key}={record[key]!r}, expected one of {sorted(known)}")
@@ -216,7 +216,7 @@ def _exported(where: Path, step: int | None) -> Coprocessor:
 def _check_shapes(found: Coprocessor, where: Path) -> None:
     """Raises UserError unless a coprocessor's parameters have the shapes of its method."""
     aug = build.augmentation(found.record, TransformerConfig(**found.record.architecture))
-    expected = parameters.shapes_to_train(aug)["coprocessor"]
+    expected = parameters.trainable_shapes(aug)["coprocessor"]
     shapes = {name: leaf.shape for name, leaf in folder.by_name(found.params).items()}
     wanted = {name: leaf.shape for name, leaf in folder.by_name(expected).items()}
     source = f"{where}: method {found.method!r} with {found.num_latents} latents"

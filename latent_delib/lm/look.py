@@ -161,7 +161,7 @@ def _called(
     text = augment.read_text(aug, params, text_BT, segment_BT)
     seen: list[jax.Array] = []  # in the calls after this one
     decoder, coprocessor = (Watched(model, seen) for model in aug.models)
-    aug = dataclasses.replace(aug, transformer=decoder, coprocessor=coprocessor)
+    aug = dataclasses.replace(aug, decoder=decoder, coprocessor=coprocessor)
     traces = aug.lay_out(text_BT, segment_BT, at_BM, ahead)
     z = augment.write_latents(aug, params, text, traces)
     augment.decode(aug, params, z, text.cache, traces)

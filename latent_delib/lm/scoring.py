@@ -27,7 +27,7 @@ def score_vocabulary(
     """Returns the plain decoder's logits, float32 [B, T, V]."""
     text = augment.read_text(aug, params, tokens_BT, jnp.ones_like(tokens_BT))
     table_VD = transformer.output_table(params["decoder"])
-    return transformer.unembed(table_VD, text.outputs, aug.transformer.config)
+    return transformer.unembed(table_VD, text.outputs, aug.decoder.config)
 
 
 @partial(jax.jit, static_argnames=("aug",))
@@ -92,7 +92,7 @@ def score_tails(
       log p of every token, float32 [B, M, A], and whether it is the likeliest, bool [B, M, A].
     """
     table_VD = transformer.output_table(params["decoder"])
-    config = aug.transformer.config
+    config = aug.decoder.config
     segment_BT = one_segment(text_BT, length_B)
     text = augment.read_text(aug, params, text_BT, segment_BT)
     B, M, A = tails_BMA.shape

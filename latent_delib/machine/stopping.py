@@ -14,25 +14,26 @@ class Stop:
     """Holds the requests that signals make.
 
     Attributes:
-      by: the first signal that asked the job to save and stop; 0 before one.
-      can_save: whether training steps run now.
+      signal: the first signal that asked the job to save and stop; 0 before one.
+      is_training: whether training steps run now.
     """
 
     def __init__(self) -> None:
-        self.by = 0
-        self.can_save = False
+        self.signal = 0
+        self.is_training = False
         self.warned = False
 
     def request(self, number: int, _frame: Any = None) -> None:
-        """Handles a signal: the loop sees `by` after the step it is in."""
-        self.by = self.by or number
+        """Handles a signal: the loop sees `signal` after the step it is in."""
+        if not self.signal:
+            self.signal = number
 
     def ctrl_c(self) -> None:
         """Announces the stop; at a second Ctrl-C, or before the first step, ends the process.
 
         It raises no exception for that: jax's clean-up may crash after an interrupted compile.
         """
-        if self.can_save and not self.warned:
+        if self.is_training and not self.warned:
             self.warned = True
             _say(
                 "stopping after two more steps at most, and saving; "

@@ -105,7 +105,7 @@ def _model(exp: Experiment, params: Params, has_latents: bool) -> AugmentedLM:
     """Returns the AugmentedLM of these parameters, on the mesh of the job."""
     aug = exp.aug
     fingerprint = exp.record.fingerprint
-    decoder = Decoder(aug.transformer.config, params["decoder"], exp.tokenizer, fingerprint)
+    decoder = Decoder(aug.decoder.config, params["decoder"], exp.tokenizer, fingerprint)
     coprocessor = None
     if has_latents:
         coprocessor = Coprocessor(

@@ -56,10 +56,10 @@ def of_logits(value: Callable[[jax.Array, jax.Array], jax.Array]) -> Score:
 
         def of_one_column(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
             x_BD, targets_B = inputs
-            logits_BV = transformer.unembed(table_VD, x_BD, aug.transformer.config)
+            logits_BV = transformer.unembed(table_VD, x_BD, aug.decoder.config)
             return value(logits_BV, targets_B)
 
-        chunk = tokens_at_a_time(aug.loss_chunk, B, aug.transformer.partition.row_shards)
+        chunk = tokens_at_a_time(aug.loss_chunk, B, aug.decoder.partition.row_shards)
         value_RB = jax.lax.map(of_one_column, (x_RBD, targets_RB), batch_size=chunk)
         return jnp.moveaxis(value_RB, 0, 1).reshape(targets.shape)
 

@@ -102,9 +102,9 @@ def divided(
 
     They are cap * tanh(x . table / cap), so the outputs x and the softcap are divided by it.
     """
-    config = aug.transformer.config
+    config = aug.decoder.config
     cooled = dataclasses.replace(config, final_softcap=config.final_softcap / temperature)
-    aug = dataclasses.replace(aug, transformer=aug.transformer.clone(config=cooled))
+    aug = dataclasses.replace(aug, decoder=aug.decoder.clone(config=cooled))
     return aug, params, x / jnp.asarray(temperature, x.dtype), targets
 
 

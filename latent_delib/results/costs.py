@@ -93,7 +93,7 @@ def training_costs(result: Result) -> tuple[int, float] | None:
     if decoder is None or method["name"] not in METHODS:
         return None
     aug = build.augmentation(record, decoder)
-    trained = parameters.shapes_to_train(aug, method.get("lora_rank", 0))
+    trained = parameters.trainable_shapes(aug, method.get("lora_rank", 0))
     counted = cost.step_flops(
         aug,
         record["train.batch_size"],

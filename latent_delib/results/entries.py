@@ -107,7 +107,7 @@ def _has_own_decoder(result: Result) -> bool:
 def writes_latents(name: str) -> bool:
     """Tells whether a method writes latents; an unknown method counts as one that does."""
     method = METHODS.get(name)
-    return method is None or method.write is not None
+    return method is None or method.writes_latents
 
 
 def entry_of(result: Result) -> Entry:

@@ -46,12 +46,12 @@ def loss_and_nll(aug, params, tokens_BT, segment_BT, at_BM, delay_BM):
 def test_what_needs_more_of_the_text_than_its_cache():
     """The outputs, or a fast gradient of the cache."""
 
-    def needs_more(**options):
-        return not Augmentation(Transformer(small.GEMMA), **options).cache_is_enough
+    def needs_outputs(**options):
+        return Augmentation(Transformer(small.GEMMA), **options).needs_outputs
 
-    found = {method for method in METHODS if needs_more(method=method)}
+    found = {method for method in METHODS if needs_outputs(method=method)}
     assert found == {"decoder", "last_layer", "joint", "unified", "feedback"}
-    assert needs_more(distill=0.5)
+    assert needs_outputs(distill=0.5)
 
 
 NO_DELAY = np.zeros(AT.shape, int)

@@ -19,7 +19,8 @@ from configs import base
 from latent_delib.delib import augment
 from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.coprocessor import soft_tokens_per_trace
-from latent_delib.delib.step import Objective, TrainState, make_optimizer, train_step
+from latent_delib.delib.optimizer import make_optimizer
+from latent_delib.delib.step import Objective, TrainState, train_step
 from latent_delib.nn.attention import xla
 from latent_delib.nn.transformer import REMAT, Transformer
 

@@ -192,7 +192,7 @@ def test_logits_at_a_time_do_not_grow_with_the_batch(shards, tokens):
     targets = jax.ShapeDtypeStruct((sequences, 1, 300), jnp.int32)
 
     def total(x, table, targets):
-        return augment.summed_loss(
+        return augment.training_loss(
             aug, {"decoder": {"embedding": table}}, x, targets, jnp.ones(targets.shape)
         )
 

@@ -21,7 +21,8 @@ from configs import base
 from latent_delib import train
 from latent_delib.data import batches
 from latent_delib.delib import step as step_lib
-from latent_delib.delib.step import Objective, TrainState, make_optimizer, train_step
+from latent_delib.delib.optimizer import make_optimizer
+from latent_delib.delib.step import Objective, TrainState, train_step
 from latent_delib.job import experiment, parameters
 from latent_delib.job import plan as planning
 from latent_delib.nn.layers import FEW
@@ -43,9 +44,9 @@ class OneDevice:
 
     def __init__(self, config):
         self.exp = experiment.read(config)
-        architecture = self.exp.aug.transformer.config
+        architecture = self.exp.aug.decoder.config
         self.aug = dataclasses.replace(
-            self.exp.aug, transformer=Transformer(architecture, form="reference")
+            self.exp.aug, decoder=Transformer(architecture, form="reference")
         )
         self.frozen = {"decoder": ld.load_decoder(self.exp.decoder).params}
         self.tx = make_optimizer(config.optimizer, config.train.steps).tx

@@ -53,7 +53,7 @@ def test_a_step_writes_the_state_in_its_place(make_config):
     exp = experiment.read(make_config())
     plan = dry_run.planning.make(exp)
     memory = dry_run.held(exp, plan)
-    written = dry_run.compile_step(exp, plan).memory_analysis().alias_size_in_bytes
+    written = dry_run.compile_or_explain(exp, plan).memory_analysis().alias_size_in_bytes
     assert written >= memory["trainable weights"] + memory["optimizer"]
 
 
@@ -98,7 +98,7 @@ def test_what_does_not_fit_is_said_in_one_line(make_config, said):
     with pytest.raises(
         UserError, match=r"does not fit: a chip needs 25.29GiB of 15.75GiB; split the batch"
     ):
-        dry_run.compile_step(exp, plan)
+        dry_run.compile_or_explain(exp, plan)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")

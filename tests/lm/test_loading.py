@@ -83,10 +83,10 @@ def test_every_model_has_the_chosen_attention(decoder, lms):
     start = small.with_method(lms["overlay"].coprocessor, coprocessor={"num_layers": 2})
     lm = ld.AugmentedLM(decoder, start, None, build.one_device(), attention="reference")
     for aug in (lm.plain, lm.aug, lm.aug_beside):
-        assert aug.transformer.form == "reference"
+        assert aug.decoder.form == "reference"
         assert aug.coprocessor in (None, lm.aug.coprocessor)
     assert lm.aug.coprocessor.form == "reference"
-    assert lms["overlay"].aug.transformer.form == "xla"  # what "auto" is on a CPU
+    assert lms["overlay"].aug.decoder.form == "xla"  # what "auto" is on a CPU
 
 
 def test_the_chosen_attention_runs(decoder, lms, text):

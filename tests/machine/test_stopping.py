@@ -28,7 +28,7 @@ def interrupt():
 
 def test_the_first_one_lets_the_step_be_saved_and_the_second_does_not(ended, capfd):
     with graceful_stop(ctrl_c=True) as stop:
-        stop.can_save = True
+        stop.is_training = True
         interrupt()
         until = time.monotonic() + 10
         while not (said := capfd.readouterr().err) and time.monotonic() < until:
@@ -37,7 +37,7 @@ def test_the_first_one_lets_the_step_be_saved_and_the_second_does_not(ended, cap
             "stopping after two more steps at most, and saving; "
             "press Ctrl-C again to stop at once\n"
         )
-        assert stop.by == signal.SIGINT and ended.empty()
+        assert stop.signal == signal.SIGINT and ended.empty()
         interrupt()
         assert ended.get(timeout=10)[0] == 130
     assert capfd.readouterr().err == SAID
@@ -57,7 +57,7 @@ def test_before_the_first_step_it_ends_at_once(ended, capfd):
 def test_sigterm_always_saves(ended):
     with graceful_stop(ctrl_c=True) as stop:
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.by == signal.SIGTERM and ended.empty()
+        assert stop.signal == signal.SIGTERM and ended.empty()
 
 
 def test_signals_are_as_before_outside_a_command_and_afterwards(ended):
