@@ -34,15 +34,25 @@ __all__ = [
 ]
 MODULES = {"look": "latent_delib.lm.look", "mesh": "latent_delib.mesh"}
 
-if sys.argv[:1] == ["-m"] and any(word.startswith("latent_delib") for word in sys.orig_argv):
-    # In a command Ctrl-C ends the imports at once, without a message. `commands.run` takes over.
+
+def _prepare_command() -> None:
+    """Sets up the process of a command, before any other import.
+
+    Ctrl-C ends the imports at once, without a message; `commands.run` handles it later. glibc gets
+    huge pages: each step allocates and frees arrays, the kernel clears each of their pages, and
+    with pages of 4 KiB this takes a quarter of a CPU's time. glibc reads the size only when a
+    process starts, so the process starts again once.
+    """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # Each step allocates and frees arrays, and the kernel clears each of their pages. With pages of
-    # 4 KiB this takes a quarter of a CPU's time. glibc reads the size only when a process starts.
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, sys.orig_argv)
+
+
+# `python -m latent_delib.COMMAND`
+if sys.argv[:1] == ["-m"] and any(word.startswith("latent_delib") for word in sys.orig_argv):
+    _prepare_command()
 
 
 def __getattr__(name: str) -> Any:

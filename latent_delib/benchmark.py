@@ -39,8 +39,7 @@ from latent_delib.machine.provenance import provenance
 from latent_delib.measure import suites
 from latent_delib.measure.scores import ANSWER, BenchmarkRow, format_rows, summarize_scores
 from latent_delib.measure.suites import QUESTIONS_PREFIX
-from latent_delib.weights import coprocessor as exported
-from latent_delib.weights import folder, locate
+from latent_delib.weights import exported, folder, locate
 
 FILE = "benchmarks.json"  # in --out
 MODELS = ("decoder", "augmented", "zero_shot_cot")
@@ -275,11 +274,12 @@ def _is_there(rows: dict[str, BenchmarkRow], asked: BenchmarkRow, out: str) -> b
     old = rows.get(_label(asked))
     if old is None:
         return False
-    is_shorter = old["limit"] is not None and (
-        asked["limit"] is None or asked["limit"] > old["limit"]
-    )
+    has_limit = old["limit"] is not None
+    is_shorter = has_limit and (asked["limit"] is None or asked["limit"] > old["limit"])
     for key, here in asked.items():
-        if old.get(key) != here and not (key == "limit" and is_shorter):
+        if key == "limit" and is_shorter:
+            continue
+        if old.get(key) != here:
             has = f"has {_label(asked)} with another {key} ({old.get(key)}, here {here})"
             raise UserError(f"--out={out}: {has}; name another --out")
     return not is_shorter

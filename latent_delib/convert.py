@@ -33,10 +33,8 @@ from latent_delib.machine.progress import Progress
 from latent_delib.nn.sizes import SIZES, TransformerConfig, differences, family
 from latent_delib.results.card import card
 from latent_delib.weights import (
-    coprocessor,
-    deepmind,
+    exported,
     folder,
-    gguf,
     huggingface,
     imported,
     locate,
@@ -92,7 +90,7 @@ def convert(
     files.check_free(Path(out))
     wanted = SIZES[size] if size else None
     where = locate.local_path(source)
-    if (where / coprocessor.FILE).is_file():
+    if (where / exported.FILE).is_file():
         raise UserError(f"--source={source}: is an exported coprocessor already; copy the folder")
     if (where / "checkpoints").is_dir():
         if to != "latent_delib" or dtype or size or tokenizer:
@@ -110,25 +108,8 @@ def convert(
                 f"--to=huggingface: {source} is no decoder folder of ours; convert it to one first"
             )
         else:
-            convert_theirs(open_source(where, wanted), partial_, dtype, wanted, tokenizer)
+            convert_theirs(imported.open_source(where, wanted), partial_, dtype, wanted, tokenizer)
     print(f"{out}: done", flush=True)
-
-
-def open_source(where: Path, wanted: TransformerConfig | None = None) -> Source:
-    """Opens a checkpoint of another format; its files show which format it is."""
-    if where.is_file():
-        return gguf.open_source(where)
-    if (where / "config.json").is_file():
-        return huggingface.open_source(where)
-    if any((where / mark).exists() for mark in deepmind.MARKS):
-        return deepmind.open_source(where, wanted)
-    if where.is_dir() and where.parent.name == "checkpoints" and where.name.isdigit():
-        raise UserError(f"--source={where}: is inside the workdir {where.parents[1]}; name that")
-    found = "is a folder with nothing known in it" if where.is_dir() else "does not exist"
-    raise UserError(
-        f"--source={where}: {found}; expected a GGUF file, a folder with config.json, "
-        "an orbax checkpoint of Gemma, or hf:OWNER/NAME"
-    )
 
 
 def convert_theirs(
@@ -216,7 +197,7 @@ def _write_huggingface(
 
 
 def export_coprocessor(workdir: str, out: Path) -> None:
-    """Writes the newest coprocessor of a training job as a folder (`weights.coprocessor`)."""
+    """Writes the newest coprocessor of a training job as a folder (`weights.exported`)."""
     trained = load.load_coprocessor(workdir)
     record, params = trained.record, trained.params
     if record["method.lora_rank"] and "layers" in params:  # adapters are multiplied out
@@ -231,7 +212,7 @@ def export_coprocessor(workdir: str, out: Path) -> None:
     trains_decoder = METHODS[trained.method].trains_decoder
     decoder = f"{workdir}/decoder" if trains_decoder else record["decoder.path"]
     about = card(whole, decoder, trained.fingerprint, evaluation_of(workdir, record))
-    coprocessor.save(out, fields, config, params, about)
+    exported.save(out, fields, config, params, about)
     print(f"{out}: the coprocessor of step {trained.step}", flush=True)
 
 
@@ -244,7 +225,7 @@ def evaluation_of(workdir: str, record: Record) -> dict[str, Any] | None:
     found = json.loads(file.read_text()) if file.exists() else {}
     if found.get("step") != record.step or "interval_over" not in found:
         return None
-    is_other = record.differences(Record.from_result(found), "evaluated")
+    is_other = record.differences(Record.from_result(found), "same_training")
     return None if is_other else found
 
 

@@ -49,7 +49,7 @@ from latent_delib.nn.transformer import Params
 from latent_delib.results import figures
 from latent_delib.results.evaluation import as_text
 from latent_delib.results.runs import Result
-from latent_delib.weights import coprocessor as exported
+from latent_delib.weights import exported
 
 SAVE_EVERY = 30.0  # seconds between two savings of partial sums
 PATIENCE = 86400.0  # default of --patience
@@ -86,7 +86,7 @@ def main(flags: Any) -> None:
 
 
 def config_of_training(flags: Any) -> ConfigDict:
-    """Returns the config of a workdir's training; newer keys are as in configs/base.py."""
+    """Returns the config of a workdir's training; keys added since then have their defaults."""
     if not flags.workdir:
         raise UserError("--workdir is missing: the workdir of a training job")
     workdir = os.path.expanduser(flags.workdir)
@@ -254,7 +254,7 @@ class Job:
           The content of perplexity.json.
         """
         text = self.text
-        self.require_places()
+        self.require_positions()
         partial = PartialSums(out / "partial.npz", self.identity(found))
         sums = self.add_up(found, partial)
         result = {
@@ -271,8 +271,8 @@ class Job:
             print(as_text(result), flush=True)
         return result
 
-    def require_places(self) -> None:
-        """Raises UserError if no piece has a place for latents, because no token would count."""
+    def require_positions(self) -> None:
+        """Raises UserError if no piece has a position for latents, because no token would count."""
         if any(len(self.view(number).at) for number in range(len(self.text.pieces))):
             return
         c = self.exp.config

@@ -130,7 +130,7 @@ def shown(request: dict[str, Any], is_chat: bool) -> str:
     """Returns what the screen shows before a continuation: the prompt, or the last message."""
     if "messages" in request:
         return request["messages"][-1]["content"] + "\n\n"
-    return request["prompt"] + "\n\n" * is_chat
+    return request["prompt"] + ("\n\n" if is_chat else "")
 
 
 def read_requests(flags: Any) -> list[dict[str, Any]]:
@@ -184,14 +184,14 @@ def load_model(flags: Any) -> AugmentedLM:
         delay = None if flags.coprocessor_devices else flags.delay
         inputs.check_joining(flags.every, delay, record["method.every"], method)
     else:
-        _refuse_rhythm(flags, "--no_augment" if writes_latents else f"method {method}")
+        _refuse_joining_flags(flags, "--no_augment" if writes_latents else f"method {method}")
     path = load.decoder_of(flags.workdir, record)
     decoder = load.load_decoder(path, record["compute.dtype"], mesh)
     coprocessor = load.load_coprocessor(flags.workdir, flags.step) if augment else None
     return AugmentedLM(decoder, coprocessor, mesh, beside, flags.max_length, flags.attention)
 
 
-def _refuse_rhythm(flags: Any, why: str) -> None:
+def _refuse_joining_flags(flags: Any, why: str) -> None:
     """Raises UserError for a flag that says when latents join, where there are none."""
     for name in ("every", "delay", "coprocessor_devices"):
         value = getattr(flags, name)

@@ -308,8 +308,10 @@ def product(mesh: Mesh) -> Callable[..., jax.Array]:
     by_hand = {*ROWS, *width} if mesh.shape["tensor"] > 1 else {*mesh.axis_names}
 
     def specs(axes: Axes, rules: Rules) -> PartitionSpec:
-        own = {axis: part for axis, part in rules.items() if by_hand.issuperset(part)}
-        return spec(axes, dict.fromkeys(rules, ()) | own)
+        chosen = {}
+        for axis, mesh_axes in rules.items():
+            chosen[axis] = mesh_axes if by_hand.issuperset(mesh_axes) else ()
+        return spec(axes, chosen)
 
     def multiply(x: jax.Array, w: jax.Array, x_axes: Axes, w_axes: Axes, y_axes: Axes) -> jax.Array:
         count = contracted(x_axes, w_axes, y_axes)

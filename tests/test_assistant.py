@@ -64,7 +64,7 @@ def test_what_must_agree_is_the_assistants_weights_not_its_path(
     record = experiment.read(config_of()).record
     moved = shutil.copytree(assistant_folder, tmp_path / "moved")
     other = {"method.assistant": str(decoder_folder)}
-    for purpose in ("resume", "evaluate", "start", "compare"):
+    for purpose in ("resume", "evaluate", "start", "same_curve"):
         same = experiment.read(config_of({"method.assistant": str(moved)})).record
         assert not same.differences(record, purpose)
         different = experiment.read(config_of(other)).record

@@ -222,7 +222,7 @@ def test_latents_behind_prompts_alone(
     assert sum(map(len, chosen)) > 20
     found = evaluate.evaluate(config, str(trained), str(tmp_path))
     assert_same(found["rows"], pooled(logprobs, pieces, chosen))
-    experiment.read(config).record.require(Record.from_result(found), "compare", "itself")
+    experiment.read(config).record.require(Record.from_result(found), "same_curve", "itself")
     monkeypatch.setattr(evaluate, "values_of", None)  # nothing is computed before it is refused
     with pytest.raises(UserError, match="'zz' leave no token to count.* or longer texts"):
         evaluate.evaluate(make_config({"method.prompt_end": "zz"}), str(trained), str(tmp_path))
@@ -345,9 +345,9 @@ def test_logits_divided_by_a_temperature(make_config, trained_lm, softcap):
     table_VD = transformer.output_table(trained_lm.params["decoder"])
     logp = jax.nn.log_softmax(transformer.unembed(table_VD, x, config) / 1.5)
     expected = -np.take_along_axis(np.asarray(logp), np.asarray(targets)[..., None], -1)[..., 0]
-    found = augment.nll(*values.divided(1.5, *arguments))
+    found = augment.nll(*values.at_temperature(1.5, *arguments))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
-    assert (augment.nll(*values.divided(1.0, *arguments)) == augment.nll(*arguments)).all()
+    assert (augment.nll(*values.at_temperature(1.0, *arguments)) == augment.nll(*arguments)).all()
 
 
 def test_an_evaluation_at_a_temperature(make_config, trained, tmp_path):
@@ -361,7 +361,7 @@ def test_an_evaluation_at_a_temperature(make_config, trained, tmp_path):
     older = json.loads(json.dumps(plain))
     del older["config"]["evaluate"]["temperature"]
     with pytest.raises(UserError, match="evaluate.temperature is 1.0 there, 2.0 here"):
-        Record.from_result(cooled).require(Record.from_result(older), "compare", "itself")
+        Record.from_result(cooled).require(Record.from_result(older), "same_curve", "itself")
 
 
 def test_programs_are_shared(make_config):

@@ -148,7 +148,9 @@ def validation_rows(data: Any, *, tokenizer: Tokenizer, count: int) -> dict[str,
     """
     spread = max(1, min(SPREAD, MOST_READ // count))
     share, more = divmod(count, len(data.validation))
-    shares = [share + (number < more) for number in range(len(data.validation))]
+    shares = [share] * len(data.validation)
+    for number in range(more):
+        shares[number] += 1
     taken: list[np.ndarray] = []
     for source, share in zip(data.validation, shares):
         documents = validation_documents(data, tokenizer=tokenizer, sources=[source])
@@ -171,7 +173,8 @@ def validation_rows(data: Any, *, tokenizer: Tokenizer, count: int) -> dict[str,
 
 def check_fingerprint(stored: dict[str, str], found: dict[str, str]) -> None:
     """Raises UserError, with the parts that differ, unless both fingerprints are of equal data."""
-    was_prepared, is_prepared = ("token_files/meta.json" in one for one in (stored, found))
+    was_prepared = "token_files/meta.json" in stored
+    is_prepared = "token_files/meta.json" in found
     if was_prepared and not is_prepared:
         raise UserError(
             "config.data.token_files is empty: the checkpoint was trained on token files; name "

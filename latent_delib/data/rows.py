@@ -214,7 +214,7 @@ _OPEN: weakref.WeakSet[Generator] = weakref.WeakSet()
 
 
 def closed_at_exit(generator: Generator) -> Generator:
-    """Returns a generator, which is closed before Python shuts down: then its threads can end."""
+    """Returns a generator, which is closed when Python exits, so that its threads end first."""
     _OPEN.add(generator)
     return generator
 

@@ -323,7 +323,8 @@ def _fed_back(
     together = L
     steps = partial(jax.lax.scan, one)
     if model.remat == "full":
-        together = max(n for n in range(1, L + 1) if L % n == 0 and n * n <= L)
+        divisors = [n for n in range(1, L + 1) if L % n == 0]
+        together = max(n for n in divisors if n * n <= L)  # at most the square root of L
         steps = jax.checkpoint(steps)
     none = jnp.zeros((c.num_layers, B, M, L - 1, c.num_kv_heads, c.head_dim), x_BMLD.dtype)
     start = jnp.zeros((B, M, D), x_BMLD.dtype), KV(none, none)

@@ -73,7 +73,7 @@ def step_flops(
     decoding_recomputed = flops.recomputed(c, remat, traces * tokens, seq_len, visible)
     return Flops(
         text_passes * text + writing.useful + decoding + predicting,
-        text_recomputed + writing.repeated + decoding_recomputed,
+        text_recomputed + writing.recomputed + decoding_recomputed,
     )
 
 

@@ -93,7 +93,7 @@ def recomputed(
     seq_len: int,
     visible: int = 0,
 ) -> float:
-    """Returns the FLOPs that a backward pass repeats under `remat`.
+    """Returns the FLOPs that a backward pass computes again under `remat`.
 
     Every `remat` but "none" and "dots" repeats the products of the layers; "full" repeats attention
     too. Attention among a trace's own tokens is not counted.
@@ -128,11 +128,11 @@ class Flops(NamedTuple):
     """Holds the FLOPs of a step or of a part.
 
     useful: the FLOPs needed if nothing were computed twice.
-    repeated: the FLOPs of repeated computation.
+    recomputed: the FLOPs that the backward pass computes again.
     """
 
     useful: float
-    repeated: float
+    recomputed: float
 
 
 # The cost of writing latents: one function per way of writing, named by the rows of `METHODS`.
@@ -158,7 +158,7 @@ def pass_over_text_too(w: Writing) -> Flops:
     latents = one_pass(w._replace(trains_decoder=True))
     return Flops(
         latents.useful + 3 * text(w.config, w.text_tokens, w.seq_len),
-        latents.repeated + recomputed(w.config, w.remat, w.text_tokens, w.seq_len),
+        latents.recomputed + recomputed(w.config, w.remat, w.text_tokens, w.seq_len),
     )
 
 
@@ -176,7 +176,7 @@ def pass_per_latent(w: Writing) -> Flops:
     """
     latents = one_pass(w)
     times = 2 if w.remat == "full" else 1
-    return latents._replace(repeated=times * latents.repeated)
+    return latents._replace(recomputed=times * latents.recomputed)
 
 
 def pass_per_thought(w: Writing) -> Flops:

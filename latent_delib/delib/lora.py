@@ -39,16 +39,16 @@ def init(key: jax.Array, tree: Params, rank: int) -> Params:
     return adapters
 
 
-def lay_over(below: Params, tree: Params) -> Params:
-    """Returns the tree `below`, changed by `tree`.
+def merge(base: Params, tree: Params) -> Params:
+    """Returns the tree `base` with `tree` merged into it.
 
     A leaf of `tree` replaces the leaf of its name. A pair of adapters adds its product to its
-    matrix. All other leaves are the arrays of `below` themselves.
+    matrix. All other leaves are the arrays of `base` themselves.
     """
     found: Params = {}
-    for name, leaf in below.items():
+    for name, leaf in base.items():
         if isinstance(leaf, dict):
-            found[name] = lay_over(leaf, tree.get(name, {}))
+            found[name] = merge(leaf, tree.get(name, {}))
         elif f"{name}_a" in tree:
             a, b = tree[f"{name}_a"], tree[f"{name}_b"]
             change = jax.vmap(partial(matmul, contracted=1))(a, b)
@@ -56,7 +56,7 @@ def lay_over(below: Params, tree: Params) -> Params:
         else:
             found[name] = tree.get(name, leaf)
     for name, leaf in tree.items():
-        is_adapter = name.removesuffix("_a").removesuffix("_b") in below
-        if name not in below and not is_adapter:
+        is_adapter = name.removesuffix("_a").removesuffix("_b") in base
+        if name not in base and not is_adapter:
             found[name] = leaf
     return found

@@ -195,7 +195,10 @@ def _forward(x_BRD, table_VD, target_BR, weight_BR, softcap, chunk, distill, tea
 
 
 def _backward(softcap, chunk, distill, shards, saved, dsum):
-    dx_BRD, dtable_VD = (None if d is None else (d * dsum).astype(d.dtype) for d in saved)
+    dx_BRD, dtable_VD = saved
+    dx_BRD = (dx_BRD * dsum).astype(dx_BRD.dtype)
+    if dtable_VD is not None:
+        dtable_VD = (dtable_VD * dsum).astype(dtable_VD.dtype)
     return dx_BRD, dtable_VD, None, None, None
 
 

@@ -241,17 +241,17 @@ def lay_out(
     latent_bounds = _bounds(start, start + known + 1, latent_position)
 
     # The decoder's call: latents, x_p if it is read again, and all ahead tokens but the last.
-    again = at[..., : place.reread]
+    reread_token = at[..., : place.reread]
     ahead = take(first_ahead(tokens_BT, steps_end), at) + jnp.arange(num_ahead)
-    inputs = take(tokens_BT, jnp.concatenate([again, ahead[..., :-1]], axis=-1))
+    inputs = take(tokens_BT, jnp.concatenate([reread_token, ahead[..., :-1]], axis=-1))
     offset = _input_offsets(num_ahead, placement)
     input_position = p + offset + place.shift(num_latents)
     position = jnp.concatenate([jnp.maximum(p + from_p, 0), input_position], axis=-1)
     if every:
         position = position[..., reading_order(num_latents, num_ahead, placement, every)]
     first_visible = jnp.maximum(at + 1 - visible_text, start) if visible_text else start
-    from_cache = at + 1 - place.reread  # the end of what the cache gives
-    bounds = _bounds(first_visible, from_cache, position)
+    cache_stop = at + 1 - place.reread  # text before this is read from the cache
+    bounds = _bounds(first_visible, cache_stop, position)
 
     segment = take(segment_BT, at)
     same_document = (ahead < T) & (take(segment_BT, ahead) == segment) & (segment > 0)
@@ -269,5 +269,8 @@ def lay_out(
 
 def _bounds(start: jax.Array, stop: jax.Array, like: jax.Array) -> Bounds:
     """Returns bounds of the text from `start` to before `stop`, in the shape of `like`."""
-    found = (start, stop, 0)
-    return Bounds(*(jnp.broadcast_to(x, like.shape).astype(jnp.int32) for x in found))
+
+    def fit(x: jax.Array | int) -> jax.Array:
+        return jnp.broadcast_to(x, like.shape).astype(jnp.int32)
+
+    return Bounds(fit(start), fit(stop), fit(0))

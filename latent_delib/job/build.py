@@ -24,8 +24,7 @@ from latent_delib.nn.attention.forms import FORMS
 from latent_delib.nn.layers import PARAM_AXES, Partition
 from latent_delib.nn.sizes import TransformerConfig, family
 from latent_delib.nn.transformer import Params, Transformer
-from latent_delib.weights import coprocessor as exported
-from latent_delib.weights import folder
+from latent_delib.weights import exported, folder
 
 DTYPES = ("float32", "bfloat16")  # of parameters and of the computation
 ATTENTION = ("auto", *FORMS)  # values of config.compute.attention

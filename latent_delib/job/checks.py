@@ -168,7 +168,7 @@ def _check_method(m: ConfigDict) -> None:
             "at random; expected config.method.start, a trained one to which adapters are added"
         )
     if m.max_delay and row.writes_latents:
-        _check_moved("method.max_delay", m.max_delay, m.name)
+        _require_movable("method.max_delay", m.max_delay, m.name)
     if m.visible_text and (not row.writes_latents or row.recurs):
         why = "has no latents" if not row.writes_latents else "has latents that recur"
         raise UserError(
@@ -241,7 +241,7 @@ def _check_distill(m: ConfigDict) -> None:
         )
 
 
-def _check_moved(key: str, value: Any, method: str) -> None:
+def _require_movable(key: str, value: Any, method: str) -> None:
     """Raises UserError unless the method's latents can join later, or join another text."""
     if not METHODS[method].reads_text:
         raise UserError(
@@ -276,7 +276,7 @@ def _check_evaluate(config: ConfigDict) -> None:
         )
     for key in ("swap", "delay"):
         if e[key]:
-            _check_moved(f"evaluate.{key}", e[key], config.method.name)
+            _require_movable(f"evaluate.{key}", e[key], config.method.name)
 
 
 def _check_trace_length(config: ConfigDict) -> None:

@@ -41,16 +41,18 @@ def step_seconds(computed: float, received: float, trainable: float, chip: Chip)
 
 
 def device_flops(exp: Experiment) -> dict[str, float]:
-    """Returns the FLOPs of a device per step: useful ones, and those that are done again."""
+    """Returns the FLOPs of a device per step: useful ones, and recomputed ones."""
     c = exp.config
     rows = c.train.batch_size
     length = c.data.seq_len
-    useful, again = cost.step_flops(exp.aug, rows, length, c.method.num_traces, c.method.num_ahead)
+    useful, recomputed = cost.step_flops(
+        exp.aug, rows, length, c.method.num_traces, c.method.num_ahead
+    )
     for name, reader in exp.aug.readers.items():
         outputs = name == "decoder" and exp.aug.needs_outputs
         text = flops.text(reader.config, rows * length, length, outputs)
-        again += (mesh_lib.shards(exp.mesh, "traces") - 1) * text
-    return {"useful": useful / exp.mesh.size, "done again": again / exp.mesh.size}
+        recomputed += (mesh_lib.shards(exp.mesh, "traces") - 1) * text
+    return {"useful": useful / exp.mesh.size, "recomputed": recomputed / exp.mesh.size}
 
 
 def received(exp: Experiment) -> float:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from latent_delib import mesh as mesh_lib
 from latent_delib.data import questions
-from latent_delib.data import tokenizer as tokenizers
+from latent_delib.data import tokenizer as tokenizer_lib
 from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.methods import METHODS
@@ -34,8 +34,8 @@ class Experiment:
 
     record: describes the job, for comparison with checkpoints and results.
     dtype: the dtype of computations and of frozen weights.
-    decoder: the decoder's folder; None for random weights.
-    assistant: the assistant's folder, or None.
+    decoder_folder: None for random weights.
+    assistant_folder: None without an assistant.
     start: workdir and step of the checkpoint that training begins with, or None.
     """
 
@@ -45,8 +45,8 @@ class Experiment:
     mesh: Mesh
     dtype: Any
     tokenizer: Tokenizer
-    decoder: Path | None
-    assistant: Path | None
+    decoder_folder: Path | None
+    assistant_folder: Path | None
     start: tuple[str, int] | None
 
     @property
@@ -107,8 +107,8 @@ def read(config: ConfigDict, devices: Sequence[Any] | None = None) -> Experiment
         mesh=mesh,
         dtype=jnp.dtype(config.compute.dtype),
         tokenizer=tokenizer,
-        decoder=decoder,
-        assistant=assistant,
+        decoder_folder=decoder,
+        assistant_folder=assistant,
         start=build.split_start(config.method.start) if config.method.start else None,
     )
 
@@ -159,7 +159,7 @@ def _assistant(config: ConfigDict, tokenizer: Tokenizer) -> Path | None:
         theirs = Tokenizer(tokenizer_files.tokenizer_path(assistant))
     except UserError as error:
         raise UserError(f"config.method.assistant: {error}") from None
-    why = tokenizers.difference(tokenizer, theirs)
+    why = tokenizer_lib.difference(tokenizer, theirs)
     if why:
         raise UserError(
             f"config.method.assistant={given}: {why}; expected a decoder with the tokenizer "
@@ -192,7 +192,7 @@ def _record(
         config=json.loads(config.to_json_best_effort()),
         fingerprint=fingerprint,
         architecture=fields,
-        data={"tokenizer": tokenizers.fingerprint(tokenizer.path)},
+        data={"tokenizer": tokenizer_lib.fingerprint(tokenizer.path)},
         assistant=of_assistant,
     )
 
@@ -201,13 +201,14 @@ def _check_splits(
     config: ConfigDict, mesh: Mesh, architecture: TransformerConfig, owner: str
 ) -> None:
     """Raises UserError for heads, features or traces that the mesh does not divide."""
-    at_once = min(("positions", "max_length"), key=config.evaluate.get)
+    e = config.evaluate
+    at_once = "positions" if e.positions <= e.max_length else "max_length"
     for axis, key, length in (
         ("heads", f"{owner}'s num_heads", architecture.num_heads),
         ("heads", f"{owner}'s num_kv_heads", architecture.num_kv_heads),
         ("ffn", f"{owner}'s ffn_dim", architecture.ffn_dim),
         ("traces", "config.method.num_traces", config.method.num_traces),
-        ("traces", f"config.evaluate.{at_once}", config.evaluate[at_once]),
+        ("traces", f"config.evaluate.{at_once}", e[at_once]),
     ):
         if length % mesh_lib.shards(mesh, axis):
             setting = mesh_lib.setting(mesh, axis)

@@ -37,10 +37,10 @@ def load_frozen(exp: Experiment) -> Params:
     "coprocessor": if training begins with a coprocessor and adds adapters to it.
     """
     frozen = {"decoder": place_decoder(exp, exp.dtype)}
-    if exp.assistant is not None:
+    if exp.assistant_folder is not None:
         config = exp.aug.models.coprocessor.config
         shardings = build.decoder_shardings(exp.mesh, config)
-        frozen["assistant"] = folder.load(exp.assistant, config, exp.dtype, shardings)
+        frozen["assistant"] = folder.load(exp.assistant_folder, config, exp.dtype, shardings)
     if exp.adapts_start:
         frozen |= place_start(exp, exp.dtype)
     return frozen
@@ -97,8 +97,8 @@ def place_decoder(exp: Experiment, dtype: Any) -> Params:
     """Loads the decoder's weights onto the mesh in `dtype`; without a folder, draws them."""
     architecture = exp.aug.decoder.config
     shardings = build.decoder_shardings(exp.mesh, architecture)
-    if exp.decoder is not None:
-        return folder.load(exp.decoder, architecture, dtype, shardings)
+    if exp.decoder_folder is not None:
+        return folder.load(exp.decoder_folder, architecture, dtype, shardings)
 
     def draw(key: jax.Array) -> Params:
         return jax.tree.map(lambda x: x.astype(dtype), transformer.init(key, architecture))

@@ -134,7 +134,7 @@ def summary(exp: Experiment, plan: Plan) -> str:
     kind = exp.mesh.devices.flat[0].device_kind
     lines = [
         f"method {exp.config.method.name}: {_shapes(exp)}",
-        f"decoder {exp.decoder or 'random'} [{exp.record.fingerprint[:12]}]",
+        f"decoder {exp.decoder_folder or 'random'} [{exp.record.fingerprint[:12]}]",
         f"parameters: {count(plan.frozen):,} frozen ({gib(size(plan.frozen))}), "
         f"{count(trainable):,} trainable ({gib(size(trainable))} + "
         f"optimizer {gib(size(plan.state.opt_state))}), over all devices",
@@ -142,8 +142,8 @@ def summary(exp: Experiment, plan: Plan) -> str:
         "trainable parameters and their shardings; their optimizer moments have the same:",
         mesh_lib.table(trainable),
     ]
-    if exp.assistant is not None:
-        lines.insert(2, f"assistant {exp.assistant} [{exp.record['method.assistant'][:12]}]")
+    if exp.assistant_folder is not None:
+        lines.insert(2, f"assistant {exp.assistant_folder} [{exp.record['method.assistant'][:12]}]")
     if plan.frozen:
         lines += ["frozen parameters and their shardings:", mesh_lib.table(plan.frozen)]
     return "\n".join(lines)

@@ -50,7 +50,7 @@ AGREE = {
         "method.assistant",
     ),
     # An evaluation is of this checkpoint, and not of the same step of another training.
-    "evaluated": (
+    "same_training": (
         "decoder.fingerprint",
         *METHOD,
         "method.num_traces",
@@ -62,7 +62,7 @@ AGREE = {
         "data.seq_len",
     ),
     # Two evaluations are points of one curve.
-    "compare": (
+    "same_curve": (
         "decoder.fingerprint",
         *METHOD,
         "method.prompt_end",
@@ -98,8 +98,8 @@ REMEDY = {
     "resume": "use its values, or another --workdir",
     "evaluate": "use its values, or another --workdir",
     "start": "name another checkpoint",
-    "evaluated": "give another --out, or remove it",
-    "compare": "give another --out, or remove it",
+    "same_training": "give another --out, or remove it",
+    "same_curve": "give another --out, or remove it",
 }
 FINGERPRINTS = (
     "decoder.fingerprint",

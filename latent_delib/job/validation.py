@@ -46,10 +46,10 @@ class Validation:
         self.batches = held_out
         objective = planning.objective(exp)
         self.sums = _compile(exp, plan, plan.state.trainable, objective)
-        self.without_latents: float | None = None
+        self.decoder_loss: float | None = None
         if exp.aug.writes_latents and "decoder" not in plan.state.trainable:
             plain = dataclasses.replace(objective, aug=exp.aug.without_latents)
-            self.without_latents = self._mean(_compile(exp, plan, {}, plain), {})
+            self.decoder_loss = self._mean(_compile(exp, plan, {}, plain), {})
         else:
             self._mean(self.sums, trainable)  # raises now, not in the middle of training
 
@@ -60,15 +60,17 @@ class Validation:
         validation_loss_decoder: the loss of the frozen decoder alone, where it was computed.
         """
         row = {"validation_loss": self._mean(self.sums, trainable)}
-        if self.without_latents is not None:
-            row["validation_loss_decoder"] = self.without_latents
+        if self.decoder_loss is not None:
+            row["validation_loss_decoder"] = self.decoder_loss
         return row
 
     def _mean(self, sums: Callable, trainable: Params) -> float:
         found = [sums(trainable, self.frozen, *batch) for batch in self.batches]
         nats, tokens = np.sum(jax.device_get(found), axis=0, dtype=np.float64)
         if not tokens:
-            after = self.prompt_end and f" after config.method.prompt_end={self.prompt_end!r}"
+            after = ""
+            if self.prompt_end:
+                after = f" after config.method.prompt_end={self.prompt_end!r}"
             raise UserError(
                 f"config.data.validation: no token to predict{after}; expected more text, or "
                 "config.train.validate_every=0"
@@ -99,6 +101,6 @@ def read_held_out(exp: Experiment) -> Placed:
     placed = []
     for number in range(BATCHES):
         of_batch = {name: x[number * B + here] for name, x in rows.items()}
-        if rows["segment"][number * B :][:B].any():
+        if rows["segment"][number * B : (number + 1) * B].any():
             placed.append((mesh_lib.place_rows(exp.mesh, of_batch, B), np.int32(number)))
     return placed

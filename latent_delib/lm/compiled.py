@@ -52,8 +52,8 @@ def prefill(
     """Reads the prompts. Adds space for `room` more tokens, and in the caches also for latents."""
     output_VD = transformer.output_table(params["decoder"])
     segment_BT = batching.one_segment(text_BT, length_B)
-    read = augment.read_text(aug, params, text_BT, segment_BT)
-    last_BD = jnp.take_along_axis(read.outputs, (length_B - 1)[:, None, None], axis=1)[:, 0]
+    reading = augment.read_text(aug, params, text_BT, segment_BT)
+    last_BD = jnp.take_along_axis(reading.outputs, (length_B - 1)[:, None, None], axis=1)[:, 0]
     state = Decoding(
         text=jnp.pad(text_BT, [(0, 0), (0, room)], constant_values=pad_id),
         length=length_B,
@@ -62,11 +62,13 @@ def prefill(
         ended=length_B == 0,
     )
     more = room + aug.count_latents(room)
-    outputs_BXD = jnp.pad(read.outputs, [(0, 0), (0, more), (0, 0)])
+    outputs_BXD = jnp.pad(reading.outputs, [(0, 0), (0, more), (0, 0)])
     extended = partial(cache_lib.extended, more=more, length_B=length_B)
-    assistant = read.assistant and _place(aug, extended(read.assistant))
-    cache = _place(aug, extended(read.cache))
-    return state, read._replace(outputs=outputs_BXD, cache=cache, assistant=assistant)
+    assistant = None
+    if reading.assistant is not None:
+        assistant = _place(aug, extended(reading.assistant))
+    cache = _place(aug, extended(reading.cache))
+    return state, reading._replace(outputs=outputs_BXD, cache=cache, assistant=assistant)
 
 
 def _place(aug: Augmentation, cache: Cache) -> Cache:
@@ -79,28 +81,28 @@ def _place(aug: Augmentation, cache: Cache) -> Cache:
 
 def read_on(
     params: Params,
-    read: Reading,
+    reading: Reading,
     cache: Cache,
     text_BX: jax.Array,
     new: int,
     *,
     aug: Augmentation,
 ) -> Reading:
-    """Returns `read` extended by `new` tokens of every text, so that latents can follow them.
+    """Returns `reading` extended by `new` tokens of every text, so that latents can follow them.
 
     Where latents recur, its cache becomes `cache`, which holds these tokens and earlier latents.
     """
     if aug.every:  # earlier latents stay, and `cache` holds them
-        return read._replace(cache=cache)
+        return reading._replace(cache=cache)
     if new == 0:
-        return read
-    return _extend(params, read, text_BX, new, aug=aug, size=batching.power_of_two(new))
+        return reading
+    return _extend(params, reading, text_BX, new, aug=aug, size=batching.power_of_two(new))
 
 
 @partial(jax.jit, static_argnames=("aug", "size"))
 def _extend(
     params: Params,
-    read: Reading,
+    reading: Reading,
     text_BX: jax.Array,
     new: jax.Array,
     *,
@@ -109,7 +111,7 @@ def _extend(
 ) -> Reading:
     """Reads on by `new` tokens, at most `size`."""
     # The index of each token, which in plain text is its position too.
-    index_BS = read.cache.length[:, None] + jnp.arange(size)
+    index_BS = reading.cache.length[:, None] + jnp.arange(size)
     tokens_BS = jnp.take_along_axis(text_BX, jnp.minimum(index_BS, text_BX.shape[1] - 1), axis=1)
 
     def more(reader: str, cache: Cache) -> tuple[jax.Array, Cache]:
@@ -118,11 +120,13 @@ def _extend(
         cache = cache_lib.append(cache, kv, index_BS, jnp.full_like(cache.length, new))
         return x_BSD, _place(aug, cache)
 
-    out_BSD, cache = more("decoder", read.cache)
+    out_BSD, cache = more("decoder", reading.cache)
     row = jnp.arange(len(text_BX))[:, None]
-    outputs_BXD = read.outputs.at[row, index_BS].set(out_BSD, mode="drop")
-    assistant = read.assistant and more("assistant", read.assistant)[1]
-    return read._replace(outputs=outputs_BXD, cache=cache, assistant=assistant)
+    outputs_BXD = reading.outputs.at[row, index_BS].set(out_BSD, mode="drop")
+    assistant = None
+    if reading.assistant is not None:
+        _, assistant = more("assistant", reading.assistant)
+    return reading._replace(outputs=outputs_BXD, cache=cache, assistant=assistant)
 
 
 def _decode_more(
@@ -150,12 +154,15 @@ def _trace(aug: Augmentation, text_BX: jax.Array, length_B: jax.Array) -> Traces
 
 
 @partial(jax.jit, static_argnames=("aug",))
-def write_after(params: Params, read: Reading, text_BX: jax.Array, *, aug: Augmentation) -> Latents:
+def write_after(
+    params: Params, reading: Reading, text_BX: jax.Array, *, aug: Augmentation
+) -> Latents:
     """Writes latents after the text that was read, one trace per row.
 
     It uses only the coprocessor's parameters.
     """
-    return augment.write_latents(aug, params, read, _trace(aug, text_BX, read.cache.length))
+    traces = _trace(aug, text_BX, reading.cache.length)
+    return augment.write_latents(aug, params, reading, traces)
 
 
 @partial(jax.jit, static_argnames=("aug",))
@@ -180,15 +187,15 @@ def join(
     # The cache loses the entry of a token that is read again, and those of text that is out of
     # sight. Then it gains those of the latents and of the token that is read again.
     reread = PLACEMENTS[aug.placement].reread
-    read = plain._replace(length=jnp.maximum(plain.length - reread, 0))
+    seen = plain._replace(length=jnp.maximum(plain.length - reread, 0))
     if aug.visible_text:
-        read = cache_lib.last_entries(read, aug.visible_text - reread)
+        seen = cache_lib.last_entries(seen, aug.visible_text - reread)
     zero = jnp.zeros_like(traces.position)
-    stop = jnp.broadcast_to(read.length[:, None, None], traces.position.shape)
+    stop = jnp.broadcast_to(seen.length[:, None, None], traces.position.shape)
     traces = traces._replace(bounds=Bounds(zero, stop, zero))
-    out_BMAD, kv = augment.decode(aug, params, z, read, traces)
-    count_B = jnp.full_like(read.length, aug.num_latents + reread)
-    cache = cache_lib.append(read, kv, traces.position[:, 0], count_B)
+    out_BMAD, kv = augment.decode(aug, params, z, seen, traces)
+    count_B = jnp.full_like(seen.length, aug.num_latents + reread)
+    cache = cache_lib.append(seen, kv, traces.position[:, 0], count_B)
     output_VD = transformer.output_table(params["decoder"])
     state = state._replace(
         position=traces.position[:, 0, -1] + 1,

@@ -80,20 +80,21 @@ def decode_in_chunks(
       The new tokens so far, int32 [B, max_new_tokens], padded after the last one and after EOS; and
       each time that latents joined.
     """
-    state, plain = compiled.prefill(params, text_BT, length_B, aug=aug, room=room, pad_id=pad_id)
-    cache: Cache = plain.cache
+    state, reading = compiled.prefill(params, text_BT, length_B, aug=aug, room=room, pad_id=pad_id)
+    cache: Cache = reading.cache
     read_more = partial(compiled.read_on, params, aug=aug)
     decode = partial(compiled.decode_tokens, params, aug=aug, eos_id=eos_id, pad_id=pad_id)
     index_BN = np.asarray(length_B)[:, None] + np.arange(options.max_new_tokens)
     made = 0  # new tokens
-    held = 0  # new tokens that `plain` holds
+    num_read = 0  # new tokens that `reading` holds
     due = None if write is None else 0  # the number of new tokens at which latents are asked for
     waiting: Waiting | None = None
     joined: list[Joined] = []
     while made < options.max_new_tokens:
         if due is not None and made >= due and waiting is None:
-            plain, held = read_more(plain, cache, state.text, made - held), made
-            z = write(plain, state.text)
+            reading = read_more(reading, cache, state.text, made - num_read)
+            num_read = made
+            z = write(reading, state.text)
             if z is None:
                 due = None
             else:
@@ -104,14 +105,15 @@ def decode_in_chunks(
             if arrived is None:  # writing failed
                 waiting = due = None
             elif arrived:
-                plain, held = read_more(plain, cache, state.text, made - held), made
-                state, cache = compiled.join(params, state, plain.cache, waiting.z, aug=aug)
+                reading = read_more(reading, cache, state.text, made - num_read)
+                num_read = made
+                state, cache = compiled.join(params, state, reading.cache, waiting.z, aug=aug)
                 joined.append(Joined(made, ~np.asarray(state.ended)))
                 waiting = None
         if due is None and waiting is None:
-            plain = None  # no more latents will join
-        elif cache is plain.cache:
-            cache = jax.tree.map(jnp.copy, cache)  # decoding overwrites it; `plain` is still needed
+            reading = None  # no more latents will join
+        elif cache is reading.cache:
+            cache = jax.tree.map(jnp.copy, cache)  # decoding overwrites it, not `reading`
         until = _next_stop(options, made, due, waiting)
         state, cache = decode(state, cache, key_B, options.sampler, until - made)
         made = until
@@ -183,7 +185,7 @@ def write_beside(
     aug: Augmentation,
     mesh: Mesh,
     home: Mesh,
-    read: Reading,
+    reading: Reading,
     text_BX: jax.Array,
 ) -> Latents:
     """Starts writing latents on the coprocessor's own devices, without waiting for them.
@@ -193,11 +195,12 @@ def write_beside(
     Args:
       params, aug, mesh: the coprocessor's.
       home: the mesh of the decoder.
-      read, text_BX: the text as it was read, and its tokens, on `home`.
+      reading, text_BX: the text as it was read, and its tokens, on `home`.
     """
     row = mesh_lib.rows(mesh)
     kv = NamedSharding(mesh, mesh_lib.spec(cache_lib.AXES, mesh_lib.ACTIVATIONS))
     cache = Cache(kv, kv, row, row)
-    read = jax.device_put(read, Reading(row, cache, read.assistant and cache))
-    z = compiled.write_after(params, read, jax.device_put(text_BX, row), aug=aug)
+    assistant = None if reading.assistant is None else cache
+    reading = jax.device_put(reading, Reading(row, cache, assistant))
+    z = compiled.write_after(params, reading, jax.device_put(text_BX, row), aug=aug)
     return jax.device_put(z, mesh_lib.rows(home))

@@ -1,4 +1,4 @@
-"""Checks the arguments of `AugmentedLM`: no value is cut short or silently reinterpreted."""
+"""Checks the arguments of `AugmentedLM`; never truncates or converts a wrong value."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -91,9 +91,9 @@ def check_joining(
         )
     if delay is not None:
         delay = arguments.whole("delay", delay, 0)
-        rhythm = every or own
-        if rhythm and delay >= rhythm:
-            raise UserError(f"delay={delay}: expected less than every={rhythm}")
+        period = every or own
+        if period and delay >= period:
+            raise UserError(f"delay={delay}: expected less than every={period}")
     if delay != 0 and method and METHODS[method].writes_keys:
         given = "delay=None (--coprocessor_devices)" if delay is None else f"delay={delay}"
         raise UserError(

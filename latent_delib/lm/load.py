@@ -29,8 +29,13 @@ from latent_delib.machine import arguments, checkpoint
 from latent_delib.nn.layers import PARAM_AXES, Axes
 from latent_delib.nn.sizes import TransformerConfig
 from latent_delib.nn.transformer import Params, Transformer
-from latent_delib.weights import coprocessor as exported
-from latent_delib.weights import folder, gguf, huggingface, imported, locate, tokenizer_files
+from latent_delib.weights import (
+    exported,
+    folder,
+    imported,
+    locate,
+    tokenizer_files,
+)
 from latent_delib.weights.tensors import check_shapes
 
 
@@ -132,7 +137,7 @@ def load_decoder(
 
 def _load_theirs(where: Path, dtype: np.dtype, mesh: Mesh) -> Decoder:
     """Loads a decoder in Hugging Face's form or GGUF, as if it had been converted first."""
-    source = gguf.open_source(where) if where.is_file() else huggingface.open_source(where)
+    source = imported.open_source(where)
     with tempfile.TemporaryDirectory() as scratch:
         source.write_tokenizer(Path(scratch))
         own = Tokenizer(tokenizer_files.tokenizer_path(Path(scratch)))
@@ -194,7 +199,7 @@ def _load_coprocessor(workdir: str | os.PathLike, step: int | None) -> Coprocess
                 f"{record['method.start']}"
             )
         start = _load_coprocessor(*build.split_start(record["method.start"]))
-        params = lora.lay_over(start.params, params)
+        params = lora.merge(start.params, params)
     fingerprint = record.fingerprint
     if METHODS[name].trains_decoder:  # it belongs to the decoder that was trained with it
         fingerprint = folder.fingerprint(locate.find_decoder(decoder_of(workdir, record)))

@@ -158,13 +158,13 @@ def _called(
 ) -> list[jax.Array]:
     """Returns attention weights of the coprocessor's call, if any, and of the decoder's."""
     segment_BT = jnp.ones_like(text_BT)
-    text = augment.read_text(aug, params, text_BT, segment_BT)
+    reading = augment.read_text(aug, params, text_BT, segment_BT)
     seen: list[jax.Array] = []  # in the calls after this one
     decoder, coprocessor = (Watched(model, seen) for model in aug.models)
     aug = dataclasses.replace(aug, decoder=decoder, coprocessor=coprocessor)
     traces = aug.lay_out(text_BT, segment_BT, at_BM, ahead)
-    z = augment.write_latents(aug, params, text, traces)
-    augment.decode(aug, params, z, text.cache, traces)
+    z = augment.write_latents(aug, params, reading, traces)
+    augment.decode(aug, params, z, reading.cache, traces)
     return seen[-2:]  # of the last call that writes latents, if any, and of the one that decodes
 
 

@@ -1,7 +1,6 @@
 """The language model that a decoder and a coprocessor make."""
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -145,7 +144,9 @@ class AugmentedLM:
         batch_size = arguments.whole("batch_size", batch_size, 1)
         if len(prompts) != len(continuations):
             raise UserError(f"{len(prompts)} prompts, but {len(continuations)} continuations")
-        tails = [self._ids(f"continuations[{i}]", t, True) for i, t in enumerate(continuations)]
+        tails = []
+        for i, tail in enumerate(continuations):
+            tails.append(self._ids(f"continuations[{i}]", tail, follows=True))
         if [] in tails:
             raise UserError(f"continuations[{tails.index([])}] is empty")
         heads = []
@@ -271,8 +272,8 @@ class AugmentedLM:
 
             heads_here = [heads[i] for i in chosen]
             keys_here = [keys[i] for i in chosen]
-            chunks = self._continue(heads_here, keys_here, options, write, stopped)
-            new_BN, joined = deque(chunks, maxlen=1).pop()  # keeps one chunk at a time
+            for chunk in self._continue(heads_here, keys_here, options, write, stopped):
+                new_BN, joined = chunk  # the last chunk holds all new tokens
             for b, i in enumerate(chosen):
                 joined_here = tuple(one.after for one in joined if one.rows[b])
                 found[i] = Continuation(ends.cut(new_BN[b]), new_BN[b], joined_here)

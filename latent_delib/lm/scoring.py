@@ -25,9 +25,9 @@ def score_vocabulary(
     aug: Augmentation,
 ) -> jax.Array:
     """Returns the plain decoder's logits, float32 [B, T, V]."""
-    text = augment.read_text(aug, params, tokens_BT, jnp.ones_like(tokens_BT))
+    reading = augment.read_text(aug, params, tokens_BT, jnp.ones_like(tokens_BT))
     table_VD = transformer.output_table(params["decoder"])
-    return transformer.unembed(table_VD, text.outputs, aug.decoder.config)
+    return transformer.unembed(table_VD, reading.outputs, aug.decoder.config)
 
 
 @partial(jax.jit, static_argnames=("aug",))
@@ -40,8 +40,9 @@ def write_latents_at(
 ) -> Latents:
     """Writes latents after text tokens `at_BM`, [B, M, L, D]."""
     segment_BT = jnp.ones_like(tokens_BT)
-    text = augment.read_text(aug, params, tokens_BT, segment_BT)
-    return augment.write_latents(aug, params, text, aug.lay_out(tokens_BT, segment_BT, at_BM, 1))
+    reading = augment.read_text(aug, params, tokens_BT, segment_BT)
+    traces = aug.lay_out(tokens_BT, segment_BT, at_BM, num_ahead=1)
+    return augment.write_latents(aug, params, reading, traces)
 
 
 @partial(jax.jit, static_argnames=("aug", "ahead"))
@@ -58,13 +59,13 @@ def score_ahead(
     Each is float32 [B, M, A].
     """
     segment_BT = jnp.ones_like(tokens_BT)
-    text, text_nll = step.read_step(params, tokens_BT, segment_BT, aug=aug)
+    reading, text_nll = step.read_step(params, tokens_BT, segment_BT, aug=aug)
     index = at_BM[..., None] + jnp.arange(ahead)
     decoder_BMA = -jnp.take_along_axis(text_nll[:, None], index, axis=2)
     if not aug.writes_latents:
         return decoder_BMA, decoder_BMA
     nll_BMA, _ = step.ahead_step(
-        params, text, tokens_BT, segment_BT, at_BM, aug=aug, num_ahead=ahead
+        params, reading, tokens_BT, segment_BT, at_BM, aug=aug, num_ahead=ahead
     )
     return decoder_BMA, -nll_BMA
 
@@ -94,12 +95,13 @@ def score_tails(
     table_VD = transformer.output_table(params["decoder"])
     config = aug.decoder.config
     segment_BT = one_segment(text_BT, length_B)
-    text = augment.read_text(aug, params, text_BT, segment_BT)
+    reading = augment.read_text(aug, params, text_BT, segment_BT)
     B, M, A = tails_BMA.shape
     last_B1 = length_B[:, None] - 1
     if not aug.writes_latents:
         aug = aug.without_latents
-    z = augment.write_latents(aug, params, text, aug.lay_out(text_BT, segment_BT, last_B1, A))
+    one_trace = aug.lay_out(text_BT, segment_BT, last_B1, A)
+    z = augment.write_latents(aug, params, reading, one_trace)
     traces = aug.lay_out(text_BT, segment_BT, jnp.broadcast_to(last_B1, (B, M)), A)
     reread = PLACEMENTS[aug.placement].reread
     traces = traces._replace(
@@ -107,7 +109,7 @@ def score_tails(
         targets=tails_BMA,
     )
     z = jax.tree.map(lambda x: jnp.broadcast_to(x, (B, M, *x.shape[2:])), z)
-    x_BMAD, _ = augment.decode(aug, params, z, text.cache, traces)
+    x_BMAD, _ = augment.decode(aug, params, z, reading.cache, traces)
 
     def one(x_BMD: jax.Array, target_BM: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits_BMV = transformer.unembed(table_VD, x_BMD, config)
@@ -142,7 +144,7 @@ def score_text(
       shards: parts into which traces are split.
     """
     segment_BT = one_segment(tokens_BT, length_B)
-    text, nll = step.read_step(params, tokens_BT, segment_BT, aug=aug)
+    reading, nll = step.read_step(params, tokens_BT, segment_BT, aug=aug)
     B, T = tokens_BT.shape
     if not aug.writes_latents:
         return -jnp.sum(nll * (segment_BT[:, 1:] > 0), axis=1)
@@ -157,7 +159,7 @@ def score_text(
     def some(at_M: jax.Array) -> jax.Array:
         at_BM = jnp.broadcast_to(at_M, (B, traces_at_once))
         more, weights = step.ahead_step(
-            params, text, tokens_BT, segment_BT, at_BM, aug=aug, num_ahead=stretch
+            params, reading, tokens_BT, segment_BT, at_BM, aug=aug, num_ahead=stretch
         )
         return -jnp.sum(more * weights, axis=(1, 2))
 

@@ -82,9 +82,7 @@ def check_free(folder: Path, replace: bool = False) -> None:
         given = str(folder).replace(":/", "://", 1)
         raise UserError(f"{given}: expected a local folder; copy that there")
     if folder.is_mount():
-        raise UserError(
-            f"{folder}: a mount point cannot be put in place whole; name a folder in it"
-        )
+        raise UserError(f"{folder}: a mount point cannot be replaced; name a folder in it")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: {NOT_A_FOLDER}; name another")
     if folder.exists() and not replace and any(folder.iterdir()):

@@ -53,11 +53,12 @@ class Answers:
         self.exp = exp
         self.asked = asked
         self.frozen = frozen
-        self.decoder: dict[str, float] = {}
+        self.decoder_figures: dict[str, float] = {}
         trains_decoder = METHODS[exp.aug.method].trains_decoder
         if self.asked and exp.aug.writes_latents and not trains_decoder:
             found = self._figures(frozen, has_latents=False)
-            self.decoder = {f"{name}_decoder": value for name, value in found.items()}
+            for name, value in found.items():
+                self.decoder_figures[f"{name}_decoder"] = value
 
     def __call__(self, trainable: Params) -> dict[str, float]:
         """Returns figures for a row of metrics; none where there are no questions.
@@ -71,7 +72,8 @@ class Answers:
             return {}
         trained = jax.tree.map(lambda x: x.astype(self.exp.dtype), trainable)
         params = assemble(self.frozen, trained)
-        return self._figures(params, self.exp.aug.writes_latents) | self.decoder
+        figures = self._figures(params, self.exp.aug.writes_latents)
+        return figures | self.decoder_figures
 
     def _figures(self, params: Params, has_latents: bool) -> dict[str, float]:
         lm = _model(self.exp, params, has_latents)

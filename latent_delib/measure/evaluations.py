@@ -48,7 +48,7 @@ def require_same(folder: epath.Path, record: Record, text: str = "") -> None:
     expected = views.draws_of(record)
     for step, result in read_results(folder).items():
         file = file_of(folder, step)
-        record.require(Record.from_result(result), "compare", str(file))
+        record.require(Record.from_result(result), "same_curve", str(file))
         draws = result.get("draws", 1)
         if is_drawn and draws != expected:
             raise UserError(
@@ -72,7 +72,7 @@ def require_own(folder: epath.Path, workdir: str) -> None:
         except UserError:
             continue
         file = str(file_of(folder, step))
-        Record.from_meta(meta, workdir).require(Record.from_result(result), "evaluated", file)
+        Record.from_meta(meta, workdir).require(Record.from_result(result), "same_training", file)
 
 
 def steps_to_evaluate(

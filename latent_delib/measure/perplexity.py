@@ -58,7 +58,7 @@ def batches_of(
     """Returns the numbers of the pieces of each batch, without the first `done` pieces.
 
     Pieces are taken by their length, the shortest first. All are padded to `evaluate.max_length`,
-    but a batch of short pieces has fewer places for latents.
+    but a batch of short pieces has fewer positions for latents.
     """
     by_length = np.argsort(text.lengths(), kind="stable")
     size = exp.config.evaluate.batch_size
@@ -95,9 +95,9 @@ def add_up(
             else:
                 own_kA = found.ahead[term][: len(case.at)]
             total.tokens[document[row]] += counts_kA.sum(axis=0)
-            sum_over_places = partial(np.sum, axis=0, dtype=np.float64, where=counts_kA)
-            total.decoder[document[row]] += sum_over_places(plain_kA)
-            total.augmented[document[row]] += sum_over_places(own_kA)
+            sum_over_positions = partial(np.sum, axis=0, dtype=np.float64, where=counts_kA)
+            total.decoder[document[row]] += sum_over_positions(plain_kA)
+            total.augmented[document[row]] += sum_over_positions(own_kA)
 
 
 # On disk: the sums of each document, and partial sums, with which a killed evaluation continues.
@@ -111,7 +111,7 @@ def write_documents(file: epath.Path, text: ValidationText, sums: SumsByTerm) ->
 
 
 def sum_works(documents: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Sums the arrays of documents.npz over each work; intervals, which draw works, stay the same.
+    """Sums the arrays of documents.npz over each work; intervals draw works, so they do not change.
 
     The documents of a source with a single work stay apart: its intervals draw them.
     """

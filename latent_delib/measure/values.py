@@ -16,6 +16,7 @@ from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.step import Score, ahead_step, read_step
 from latent_delib.errors import UserError
 from latent_delib.job.experiment import Experiment
+from latent_delib.lm.batching import round_up
 from latent_delib.measure.metric import all_terms
 from latent_delib.measure.views import Case
 from latent_delib.nn.transformer import Params
@@ -86,7 +87,7 @@ def _jitted(
     terms: tuple[tuple[str, Score], ...],
 ) -> Steps:
     def score(aug: Augmentation, *arguments: Any) -> dict[str, jax.Array]:
-        aug, *arguments = divided(temperature, aug, *arguments)
+        aug, *arguments = at_temperature(temperature, aug, *arguments)
         return {name: term(aug, *arguments) for name, term in terms}
 
     whole = mesh_lib.replicated(mesh)
@@ -95,7 +96,7 @@ def _jitted(
     return Steps(jax.jit(read, out_shardings=(None, whole)), jax.jit(ahead, out_shardings=whole))
 
 
-def divided(
+def at_temperature(
     temperature: float, aug: Augmentation, params: Params, x: jax.Array, targets: jax.Array
 ) -> tuple[Augmentation, Params, jax.Array, jax.Array]:
     """Returns the arguments of a `Score` changed so that the logits are divided by a temperature.
@@ -103,8 +104,8 @@ def divided(
     They are cap * tanh(x . table / cap), so the outputs x and the softcap are divided by it.
     """
     config = aug.decoder.config
-    cooled = dataclasses.replace(config, final_softcap=config.final_softcap / temperature)
-    aug = dataclasses.replace(aug, decoder=aug.decoder.clone(config=cooled))
+    scaled = dataclasses.replace(config, final_softcap=config.final_softcap / temperature)
+    aug = dataclasses.replace(aug, decoder=aug.decoder.clone(config=scaled))
     return aug, params, x / jnp.asarray(temperature, x.dtype), targets
 
 
@@ -119,9 +120,9 @@ def values_of(exp: Experiment, steps: Steps, sides: Sides, cases: Sequence[Case]
     """Computes a batch of cases on both sides.
 
     A text is read once, and a second time where the evaluated model has another decoder or another
-    text. Its cache is then used for all its places, `evaluate.positions` at a time. So the device
-    holds the cache of batch_size x max_length tokens, and traces at batch_size x positions places.
-    The host holds batch_size x max_length x num_ahead values. Every process gets all values.
+    text. Its cache is then used for all its positions, `evaluate.positions` at a time. So the
+    device holds the cache of batch_size x max_length tokens, and batch_size x positions traces. The
+    host holds batch_size x max_length x num_ahead values. Every process gets all values.
     """
     donors = [case.donor for case in cases if case.donor is not None]
     text = _place_text(exp, [case.plain for case in cases] + donors)
@@ -139,7 +140,7 @@ def values_of(exp: Experiment, steps: Steps, sides: Sides, cases: Sequence[Case]
     plain, own, parts = jax.device_get((plain, own, parts))
     ahead = None
     if parts:
-        ahead = jax.tree.map(lambda *places: np.concatenate(places, axis=1), *parts)
+        ahead = jax.tree.map(lambda *some: np.concatenate(some, axis=1), *parts)
     return Values(plain, own, ahead)
 
 
@@ -151,53 +152,53 @@ def _with_latents(
     text: PlacedText,
     cases: Sequence[Case],
 ) -> list[dict[str, jax.Array]]:
-    """Computes the terms with latents, some places at a time: [B, M, A] each.
+    """Computes the terms with latents, some positions at a time: [B, M, A] each.
 
     Args:
       params: the parameters of the evaluated model.
       reading: the result of `steps.read` for the text.
       text: the texts of the cases, and then of their donors.
     """
-    at_once = _places_at_once(exp)
-    places = _places(exp, cases, at_once)
+    at_once = _positions_at_once(exp)
+    positions = _positions(exp, cases, at_once)
     donor_B = None  # the row whose latents a row gets; None: its own
     if cases[0].donor is not None:
         rows = np.arange(exp.config.evaluate.batch_size)
         rows[: len(cases)] += len(cases)  # the donors follow the cases
         donor_B = _place_rows(exp, rows)
     parts = []
-    for first in range(0, places.shape[1], at_once):
-        at_BM = _place_rows(exp, places[:, first : first + at_once])
+    for first in range(0, positions.shape[1], at_once):
+        at_BM = _place_rows(exp, positions[:, first : first + at_once])
         part, _ = steps.ahead(params, reading, *text, at_BM, donor_B)
         parts.append(part)
     return parts
 
 
-def _places_at_once(exp: Experiment) -> int:
-    """Returns how many places of a piece are computed together: at most as many as are drawn."""
+def _positions_at_once(exp: Experiment) -> int:
+    """Returns how many positions of a piece are computed together: at most as many as are drawn."""
     e = exp.config.evaluate
     at_once = min(e.positions, e.max_length)
     if not e.max_positions:
         return at_once
     shards = mesh_lib.shards(exp.mesh, "traces")
-    return min(at_once, -(-e.max_positions // shards) * shards)
+    return min(at_once, round_up(e.max_positions, shards))
 
 
-def _places(exp: Experiment, cases: Sequence[Case], at_once: int) -> np.ndarray:
+def _positions(exp: Experiment, cases: Sequence[Case], at_once: int) -> np.ndarray:
     """Returns where each row's latents are written, int32 [B, a multiple of `at_once`].
 
-    The rows of the donors follow the rows of the cases. Free entries hold T - 1, a place without
+    The rows of the donors follow the rows of the cases. Free entries hold T - 1, a position without
     ahead tokens.
     """
     e = exp.config.evaluate
     most = max(len(case.own_at) for case in cases)
-    columns = max(1, -(-most // at_once)) * at_once
-    places = np.full((e.batch_size, columns), e.max_length - 1, np.int32)
+    columns = max(at_once, round_up(most, at_once))
+    positions = np.full((e.batch_size, columns), e.max_length - 1, np.int32)
     for row, case in enumerate(cases):
-        places[row, : len(case.own_at)] = case.own_at
+        positions[row, : len(case.own_at)] = case.own_at
         if case.donor_at is not None:
-            places[len(cases) + row, : len(case.donor_at)] = case.donor_at
-    return places
+            positions[len(cases) + row, : len(case.donor_at)] = case.donor_at
+    return positions
 
 
 def _place_text(exp: Experiment, pieces: Sequence[np.ndarray]) -> PlacedText:

@@ -27,7 +27,7 @@ class Case(NamedTuple):
     plain: int32 [length], the piece, which the frozen decoder reads.
     at: int64 [k], the tokens of `plain` after which latents are put, ascending.
     own: int32 [length], the text that the evaluated model reads.
-    own_at: int64 [k], the same places in `own`.
+    own_at: int64 [k], the same positions in `own`.
     donor: int32 [length], the text whose latents are used; None: those of `own`.
     donor_at: int64 [k], the tokens of `donor` after which these latents are written.
     """
@@ -67,10 +67,11 @@ def view_of(exp: Experiment, text: ValidationText) -> View:
     if e.longer_prompt:
         view = without_first_tokens(view, e.longer_prompt)
     if e.swap:
-        places = text.lengths()
+        num_positions = text.lengths()
         if exp.prompt_end:
-            places = np.array([len(view(number).own_at) for number in range(len(text.pieces))])
-        view = with_latents_of(view, donors(e.seed, text, places), bool(exp.prompt_end))
+            counts = [len(view(number).own_at) for number in range(len(text.pieces))]
+            num_positions = np.array(counts)
+        view = with_latents_of(view, donors(e.seed, text, num_positions), bool(exp.prompt_end))
     return view
 
 
@@ -94,8 +95,8 @@ def without_first_tokens(view: View, lost: int) -> View:
 def with_latents_of(view: View, donor_of: np.ndarray, at_prompts: bool) -> View:
     """Gives each piece the latents of its donor, piece `donor_of[number]`.
 
-    They are written at the piece's own places or, with `at_prompts`, the k-th after the donor's
-    k-th prompt. Where the donor is too short, they are written at its last such place.
+    They are written at the piece's own positions or, with `at_prompts`, the k-th after the donor's
+    k-th prompt. Where the donor is too short, they are written at its last such position.
     """
 
     def swapped(number: int) -> Case:
@@ -118,7 +119,7 @@ def positions(
 
     Args:
       length: tokens of the piece.
-      most: places to draw in a piece of `longest` tokens. A shorter piece has its share, so that
+      most: positions to draw in a piece of `longest` tokens. A shorter piece has its share, so that
         each token of the text is as likely as any other. 0: every token that has a next one.
       longest: tokens of the longest possible piece.
       first: the first token that may be drawn.
@@ -137,7 +138,7 @@ def positions(
 
 
 def prompt_ends(piece: np.ndarray, ending: Sequence[int], first: int = 0) -> np.ndarray:
-    """Returns the places where the text so far ends with `ending`, int64 [k], ascending.
+    """Returns the positions where the text so far ends with `ending`, int64 [k], ascending.
 
     They are at or after token `first`, and before the last token.
     """
@@ -163,7 +164,7 @@ def without_steps(
       ending: tokens that end the steps.
 
     Returns:
-      The rest of the piece, and the same places in it. A prompt without an answer loses its place.
+      The rest of the piece, and the same positions in it, but for prompts without an answer.
     """
     ends = np.append(_ends_of(piece, ending), len(piece))
     answer = ends[np.searchsorted(ends, at)] + 1
@@ -176,17 +177,17 @@ def without_steps(
     return piece[kept], np.cumsum(kept)[at] - 1
 
 
-def donors(seed: int, text: ValidationText, places: np.ndarray) -> np.ndarray:
+def donors(seed: int, text: ValidationText, num_positions: np.ndarray) -> np.ndarray:
     """Draws a donor for each piece, another piece whose latents it gets, int64 [pieces].
 
     The donor is of another document of the same source, so that latents differ in content and not
-    in the kind of text. It has at least as many places for latents as the piece or, if none has,
-    the most. Of several that fit, the next in a random order is taken.
+    in the kind of text. It has at least as many positions for latents as the piece or, if none
+    has, the most. Of several that fit, the next in a random order is taken.
 
-    places: int64 [pieces].
+    num_positions: int64 [pieces].
 
     Raises:
-      UserError: a source has only one document, or only one with places for latents.
+      UserError: a source has only one document, or only one with positions for latents.
     """
     at_random = np.random.default_rng(seed).permutation(len(text.pieces))
     document = text.document
@@ -199,12 +200,12 @@ def donors(seed: int, text: ValidationText, places: np.ndarray) -> np.ndarray:
                 "has one document among the pieces; expected two at least"
             )
         ring = at_random[source[at_random] == number]
-        for place, piece in enumerate(ring):
-            others = np.roll(ring, -place)
+        for i, piece in enumerate(ring):
+            others = np.roll(ring, -i)
             others = others[document[others] != document[piece]]
-            enough = np.minimum(places[others], places[piece])
+            enough = np.minimum(num_positions[others], num_positions[piece])
             found[piece] = others[np.argmax(enough)]
-            if places[piece] and not enough.max():
+            if num_positions[piece] and not enough.max():
                 raise UserError(
                     f"config.evaluate.swap: {name!r} of config.data.validation "
                     "has one document with a prompt's end, expected two or more"

@@ -73,7 +73,7 @@ FEW = 16
 
 
 def contracted(x_axes: Axes, w_axes: Axes, y_axes: Axes) -> int:
-    """Returns how many axes a product of x with w sums over."""
+    """Returns how many axes a product of x with w sums over: those of x and w that y lacks."""
     return (len(x_axes) + len(w_axes) - len(y_axes)) // 2
 
 

@@ -192,7 +192,9 @@ def _subject(entry: Entry) -> tuple:
         decoder = ""
     elif entry.model != "augmented":
         checkpoint = None
-    trained = checkpoint and [result.data["config"].get(key) for key in TRAINING]
+    trained = None
+    if checkpoint:
+        trained = [result.data["config"].get(key) for key in TRAINING]
     return decoder, checkpoint, trained, entry.model, entry.delay, entry.every
 
 

@@ -2,17 +2,44 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from latent_delib.errors import UserError
+from latent_delib.nn.sizes import TransformerConfig
 from latent_delib.nn.transformer import Params
-from latent_delib.weights import folder, names, tensors
+from latent_delib.weights import deepmind, folder, gguf, huggingface, names, tensors
 from latent_delib.weights.source import Source
 
 Entries = Mapping[str, tuple[tuple[int, ...], np.dtype]]
+
+
+def open_source(where: Path, wanted: TransformerConfig | None = None) -> Source:
+    """Opens a decoder of another form; its files show which form it is.
+
+    Args:
+      where: a GGUF file, a folder in Hugging Face's form, or an orbax checkpoint of Gemma.
+      wanted: the architecture that an orbax checkpoint must have, or None.
+
+    Raises:
+      UserError: there is nothing of these forms, or the decoder is damaged or not supported.
+    """
+    if where.is_file():
+        return gguf.open_source(where)
+    if (where / "config.json").is_file():
+        return huggingface.open_source(where)
+    if any((where / mark).exists() for mark in deepmind.MARKS):
+        return deepmind.open_source(where, wanted)
+    if where.is_dir() and where.parent.name == "checkpoints" and where.name.isdigit():
+        raise UserError(f"--source={where}: is inside the workdir {where.parents[1]}; name that")
+    found = "is a folder with nothing known in it" if where.is_dir() else "does not exist"
+    raise UserError(
+        f"--source={where}: {found}; expected a GGUF file, a folder with config.json, "
+        "an orbax checkpoint of Gemma, or hf:OWNER/NAME"
+    )
 
 
 def tensors_of(source: Source, dtype: str = "") -> tuple[Entries, Iterator[np.ndarray]]:

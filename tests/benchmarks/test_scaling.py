@@ -16,7 +16,7 @@ from latent_delib.nn.sizes import SIZES
 GIB = 2.0**30
 FOUND = {
     "chip": "TPU v5",
-    "flops": {"useful": 3e9, "done again": 1e9},
+    "flops": {"useful": 3e9, "recomputed": 1e9},
     "received": {
         "all-gather": {"calls": 2, "received": 7e8},
         "all-reduce": {"calls": 1, "received": 3e8},

@@ -137,25 +137,26 @@ def test_what_is_done_beyond_that():
     config = dataclasses.replace(small.GEMMA, window=8)
     products = of_products(config)
 
-    def again(remat, method="cache_augmentation"):
-        return step_flops(Augmentation(Transformer(config, remat), method, 4), 3, 64, 5, 6).repeated
+    def recomputed(remat, method="cache_augmentation"):
+        aug = Augmentation(Transformer(config, remat), method, 4)
+        return step_flops(aug, 3, 64, 5, 6).recomputed
 
     tokens = 3 * 5 * (4 + 4 + 6 - 1)
-    assert again("none") == again("dots") == 0
-    assert again("attention") == tokens * products
-    assert again("full") > again("attention")
-    assert again("attention", "pause_tokens") == 3 * 5 * (4 + 6 - 1) * products
-    assert again("attention", "decoder") == 3 * 64 * products
-    assert again("none", "sequential") == again("none", "inserted") == 0
-    assert again("attention", "sequential") == tokens * products
-    text_too = again("full") - again("attention")  # attention over the text
-    more = again("full", "sequential") - again("full")  # every step of writing, twice
+    assert recomputed("none") == recomputed("dots") == 0
+    assert recomputed("attention") == tokens * products
+    assert recomputed("full") > recomputed("attention")
+    assert recomputed("attention", "pause_tokens") == 3 * 5 * (4 + 6 - 1) * products
+    assert recomputed("attention", "decoder") == 3 * 64 * products
+    assert recomputed("none", "sequential") == recomputed("none", "inserted") == 0
+    assert recomputed("attention", "sequential") == tokens * products
+    text_too = recomputed("full") - recomputed("attention")  # attention over the text
+    more = recomputed("full", "sequential") - recomputed("full")  # every step of writing, twice
     share = 4 / (4 + 4 + 6 - 1)
     np.testing.assert_allclose(more, share * (tokens * products + text_too), rtol=1e-6)
-    assert again("attention", "inserted") == (tokens - 3 * 5 * 4) * products
+    assert recomputed("attention", "inserted") == (tokens - 3 * 5 * 4) * products
     assert (
-        again("attention", "joint")
-        == again("attention", "last_layer")
+        recomputed("attention", "joint")
+        == recomputed("attention", "last_layer")
         == (tokens + 3 * 64) * products
     )
 

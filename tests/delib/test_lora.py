@@ -37,7 +37,7 @@ def test_every_matrix_is_adapted_and_nothing_is_changed_at_first():
         sorted(leaves(made)) == sorted(f"{name}_{part}" for name in matrices for part in "ab")
         and len(matrices) == 7
     )
-    found = lora.lay_over(TREE, made)
+    found = lora.merge(TREE, made)
     jax.tree.map(np.testing.assert_array_equal, found, TREE)
     firsts = [leaf for name, leaf in leaves(made).items() if name.endswith("_a")]
     assert all(0.7 < np.std(a) * np.sqrt(np.prod(a.shape[1:-1])) < 1.3 for a in firsts)
@@ -46,7 +46,7 @@ def test_every_matrix_is_adapted_and_nothing_is_changed_at_first():
 
 def test_an_adapted_matrix_is_that_and_the_product():
     made = adapters(3)
-    found, added = leaves(lora.lay_over(TREE, made)), leaves(made)
+    found, added = leaves(lora.merge(TREE, made)), leaves(made)
     for name, leaf in leaves(TREE).items():
         if f"{name}_a" not in added:
             assert found[name] is leaf
@@ -63,7 +63,7 @@ def test_an_adapted_matrix_is_that_and_the_product():
 
 def test_what_is_below_in_bfloat16_stays_so():
     half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), TREE)
-    found = lora.lay_over(half, jax.tree.map(jnp.asarray, adapters(2)))
+    found = lora.merge(half, jax.tree.map(jnp.asarray, adapters(2)))
     assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype("bfloat16")}
 
 
@@ -78,7 +78,7 @@ def test_rooms_lie_over_what_is_below(trained):
         body = {name: other[name] for name in body}
     elif trained == "adapters":
         tree = {"coprocessor": adapters(2) | {"soft_tokens": soft}}
-        body = lora.lay_over(body, adapters(2))
+        body = lora.merge(body, adapters(2))
     elif trained == "soft tokens":
         tree = {"coprocessor": {"soft_tokens": soft}}
     elif trained == "decoder":
@@ -100,7 +100,7 @@ def test_a_coprocessor_below_adapters_comes_before_the_decoder():
     other = small.coprocessor(small.GEMMA, 2)
     found = augment.assemble({"decoder": TREE, "coprocessor": other}, {"coprocessor": adapters(2)})
     jax.tree.map(
-        np.testing.assert_array_equal, found["coprocessor"], lora.lay_over(other, adapters(2))
+        np.testing.assert_array_equal, found["coprocessor"], lora.merge(other, adapters(2))
     )
 
 

@@ -136,7 +136,7 @@ def test_a_row_brings_parameters_and_a_cost_of_its_own(monkeypatch):
             params, models, reading, traces
         )
 
-    price = Flops(useful=1e6, repeated=2e6)
+    price = Flops(useful=1e6, recomputed=2e6)
     row = Method(start, loud, cost=lambda writing: price, axes={"loudness": ("embed",)})
     monkeypatch.setitem(METHODS, "loud", row)
     mesh = mesh_lib.make({"fsdp": 2}, jax.devices()[:2])
@@ -150,7 +150,7 @@ def test_a_row_brings_parameters_and_a_cost_of_its_own(monkeypatch):
         step_flops(Augmentation(MODEL, name, L), B, T, M, 2) for name in ("loud", "static_tokens")
     )
     assert loud.useful - static.useful == price.useful
-    assert loud.repeated - static.repeated == price.repeated
+    assert loud.recomputed - static.recomputed == price.recomputed
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -48,7 +48,7 @@ class OneDevice:
         self.aug = dataclasses.replace(
             self.exp.aug, decoder=Transformer(architecture, form="reference")
         )
-        self.frozen = {"decoder": ld.load_decoder(self.exp.decoder).params}
+        self.frozen = {"decoder": ld.load_decoder(self.exp.decoder_folder).params}
         self.tx = make_optimizer(config.optimizer, config.train.steps).tx
         self.step = jax.jit(partial(self.uncompiled, tx=self.tx), static_argnames="accumulation")
 

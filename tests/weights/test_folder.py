@@ -19,7 +19,7 @@ from latent_delib.errors import UserError
 from latent_delib.job import experiment
 from latent_delib.lm import load
 from latent_delib.nn.layers import PARAM_AXES
-from latent_delib.weights import coprocessor, folder, locate
+from latent_delib.weights import exported, folder, locate
 from latent_delib.weights.tensors import TensorFile
 from tests.workdirs import flip
 
@@ -159,8 +159,8 @@ def test_a_coprocessor_with_biases_is_stored(tmp_path, family):
     config = dataclasses.replace(small.CONFIGS[family], qk_norm=False)
     tree = small.coprocessor(config, 2) | {"loudness": np.ones(2, np.float32)}
     fields = {"fingerprint": "f", "record": {"step": 3}}
-    coprocessor.save(tmp_path / "out", fields, config, tree, "# A card\n")
-    found, read = coprocessor.load(tmp_path / "out")
+    exported.save(tmp_path / "out", fields, config, tree, "# A card\n")
+    found, read = exported.load(tmp_path / "out")
     assert found["architecture"]["qkv_bias"] and fields.items() <= found.items()
     same(read, tree)
 
@@ -170,7 +170,7 @@ def test_a_parameter_of_a_layer_without_a_name_is_not_left_out(tmp_path):
     tree = small.coprocessor(config, 2)
     tree["layers"] = tree["layers"] | {"new_norm": {"scale": np.ones((2, 8), np.float32)}}
     with pytest.raises(ValueError, match=r"no names for \['layers.new_norm.scale'\]"):
-        coprocessor.save(tmp_path / "out", {}, config, tree, "# A card\n")
+        exported.save(tmp_path / "out", {}, config, tree, "# A card\n")
     assert not (tmp_path / "out").exists()
 
 

@@ -20,7 +20,7 @@ LEAST = L4
 
 
 class Blocks(NamedTuple):
-    """Says into which blocks a kernel is cut.
+    """Holds the block sizes of a kernel.
 
     rows, keys: number per block.
     warps: number per program.

@@ -125,8 +125,8 @@ def _backward(form, options, saved, dout):
         options = options._replace(into_prefix=True)
         if form in KERNELS:
             form = fall_back(form, "the gradient of a prefix")
-    dq, down, dprefix = _run(form, "backward", (*operands, out, lse, dout), options)
-    return dq, down, dprefix, None
+    dq, d_own, d_prefix = _run(form, "backward", (*operands, out, lse, dout), options)
+    return dq, d_own, d_prefix, None
 
 
 _attend.defvjp(_save, _backward, symbolic_zeros=True)

@@ -105,9 +105,9 @@ def backward(
     sources = _sources(own, prefix, bounds, rows[0], cut)
     like_q = jax.ShapeDtypeStruct(rows[0].shape, rows[0].dtype)
     dq = _call(_query_gradient_kernel, rows, sources, like_q, cut, options)
-    down = _own_gradient(rows, own, bounds, options)
-    down = jax.tree.map(lambda d, x: d.reshape(x.shape), down, own)
-    return dq.reshape(q_BMSNH.shape), down, None
+    d_own = _own_gradient(rows, own, bounds, options)
+    d_own = jax.tree.map(lambda d, x: d.reshape(x.shape), d_own, own)
+    return dq.reshape(q_BMSNH.shape), d_own, None
 
 
 def _own_gradient(rows, own, bounds, options):

@@ -116,8 +116,8 @@ def backward(
         found = kernel.vjp(residuals, *rows, *call.args, **call.kwargs)
         dq += source.join(found["q"])
         dkeys.append((found["k"], found["v"]))
-    down = jax.tree.map(sources[0].join, dkeys[0])
-    return dq.astype(q_BMSNH.dtype), down, dkeys[1] if options.into_prefix else None
+    d_own = jax.tree.map(sources[0].join, dkeys[0])
+    return dq.astype(q_BMSNH.dtype), d_own, dkeys[1] if options.into_prefix else None
 
 
 def _kernel(scale: float, softcap: float) -> tuple[Any, dict[str, Any]]:

@@ -108,8 +108,8 @@ def backward(
     # Only a group's own queries see its keys. For traces this is too little work for a kernel; for
     # text, where the group is all of it, it is not, and XLA is the slower way.
     saved = (out_BMSNH, lse_BMSN, dout_BMSNH)
-    _, down, _ = xla.backward(q_BMSNH, own, None, bounds, *saved, options)
-    return _tokens(dq, q_BMSNH.shape), down, None
+    _, d_own, _ = xla.backward(q_BMSNH, own, None, bounds, *saved, options)
+    return _tokens(dq, q_BMSNH.shape), d_own, None
 
 
 def _lay_out(q, k, v, prefix, bounds) -> tuple[_Plan, tuple[jax.Array, jax.Array, jax.Array]]:

@@ -156,23 +156,23 @@ def backward(
 
     def differentiate(totals, operands):
         chunk, saved = operands
-        dq, down = _through_own(chunk, saved, options)
+        dq, d_own = _through_own(chunk, saved, options)
         sums = []
         for number, (total, keys) in enumerate(zip(totals, shared)):
             dq, total = _through_shared(chunk, saved, number, keys, dq, total, options)
             sums.append(total)
-        return sums, (dq.astype(chunk.q.dtype), down)
+        return sums, (dq.astype(chunk.q.dtype), d_own)
 
-    totals, (dq, down) = jax.lax.scan(differentiate, totals, (chunks, saved))
+    totals, (dq, d_own) = jax.lax.scan(differentiate, totals, (chunks, saved))
     dshared = [total and _as_given(total, keys) for total, keys in zip(totals, shared)]
     if chunks.own is None:  # the text's own keys were a shared source
-        down = jax.tree.map(lambda d: d[:, None], dshared[-1])
+        d_own = jax.tree.map(lambda d: d[:, None], dshared[-1])
     else:
         B, M = q_BMSNH.shape[:2]
         # [B, chunks, c, U, K, H]
-        down = jax.tree.map(lambda d: jnp.moveaxis(d, (1, 2), (0, 4)), down)
-        down = jax.tree.map(lambda d: d.reshape(B, -1, *d.shape[3:])[:, :M], down)
-    return _join(dq, q_BMSNH.shape), down, None if prefix is None else dshared[0]
+        d_own = jax.tree.map(lambda d: jnp.moveaxis(d, (1, 2), (0, 4)), d_own)
+        d_own = jax.tree.map(lambda d: d.reshape(B, -1, *d.shape[3:])[:, :M], d_own)
+    return _join(dq, q_BMSNH.shape), d_own, None if prefix is None else dshared[0]
 
 
 def _through_own(chunk: Chunk, saved: Saved, options: Options) -> tuple[jax.Array, Keys | None]:
@@ -184,9 +184,12 @@ def _through_own(chunk: Chunk, saved: Saved, options: Options) -> tuple[jax.Arra
         return jnp.zeros(chunk.q.shape, jnp.float32), None
     seen = own_in_range(chunk.own_start, chunk.own[0].shape[3])
     weights, dproducts = _derive(chunk.q, chunk.own, seen, saved, options)
-    down = _onto(dproducts, chunk.q, False), _onto(weights, saved.dout, False)
-    down = jax.tree.map(lambda d, x: d.swapaxes(-1, -2).astype(x.dtype), down, chunk.own)
-    return _weighted(dproducts, chunk.own[0]), down
+    d_own = (
+        _sum_over_rows(dproducts, chunk.q),
+        _sum_over_rows(weights, saved.dout),
+    )
+    d_own = jax.tree.map(lambda d, x: d.swapaxes(-1, -2).astype(x.dtype), d_own, chunk.own)
+    return _weighted(dproducts, chunk.own[0]), d_own
 
 
 def _through_shared(
@@ -215,8 +218,8 @@ def _through_shared(
         weights, dproducts = _derive(chunk.q, found, seen, saved, options)
         if total is not None:
             first = _first(keys, i)
-            dk = _add(total[0], _onto(dproducts, chunk.q, True), first)
-            total = dk, _add(total[1], _onto(weights, saved.dout, True), first)
+            dk = _add(total[0], _sum_over_rows(dproducts, chunk.q, over_groups=True), first)
+            total = dk, _add(total[1], _sum_over_rows(weights, saved.dout, over_groups=True), first)
         return dq + _weighted(dproducts, found[0]), total
 
     return jax.lax.fori_loop(*_range(keys, start, stop), through_block, (dq, total))
@@ -344,17 +347,18 @@ def _weighted(weights: jax.Array, values: jax.Array) -> jax.Array:
     return sums.reshape(*weights.shape[:-1], -1)
 
 
-def _onto(weights: jax.Array, x: jax.Array, of_all: bool) -> jax.Array:
+def _sum_over_rows(weights: jax.Array, x: jax.Array, over_groups: bool = False) -> jax.Array:
     """Returns sums over rows of x [B, K, c, R, H] by weights, float32 [B, K, c, H, U].
 
-    of_all: sum over all groups too, which gives [B, K, H, U].
+    over_groups: sum over all groups too, which gives [B, K, H, U].
 
     With H before U XLA transposes x. With U before H it would transpose the weights, which are
     larger.
     """
-    if not of_all:
+    if not over_groups:
         return einsum("BKcRH,BKcRU->BKcHU", x, weights, jnp.float32)
-    x, weights = (y.reshape(*y.shape[:2], -1, y.shape[-1]) for y in (x, weights))
+    x = x.reshape(*x.shape[:2], -1, x.shape[-1])
+    weights = weights.reshape(*weights.shape[:2], -1, weights.shape[-1])
     return einsum("BKRH,BKRU->BKHU", x, weights, jnp.float32)
 
 
