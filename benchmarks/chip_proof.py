@@ -69,8 +69,9 @@ STEP_SMALL = dict(seq_len=48, traces=4, ahead=3, latents=2)
 def rows(small: bool) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """Yields names of rows, and the functions that make them."""
     here = common.attention_forms()[:0:-1]  # a kernel first, without the reference
-    # On a CPU the kernels are interpreted.
-    forms = [*KERNELS, "xla"] if jax.default_backend() == "cpu" else here
+    # On a CPU our kernels are interpreted.
+    ours = [name for name, kernel in KERNELS.items() if kernel.is_ours]
+    forms = [*ours, "xla"] if jax.default_backend() == "cpu" else here
     layouts = SMALL if small else LAYOUTS
     for form in forms:
         for H in (64,) if small else HEAD_DIMS:

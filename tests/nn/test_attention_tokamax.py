@@ -134,8 +134,8 @@ def on_a_cpu(monkeypatch):
     kernel = DotProductAttention(vjp=kernel_gradient)
     original = tokamax_gpu._kernel
     monkeypatch.setattr(tokamax_gpu, "_kernel", lambda *x: (kernel, original(*x)[1]))
-    float32 = tokamax_gpu.HEAD_DIMS, (jnp.float32,)
-    monkeypatch.setitem(forms.SUPPORTED, "tokamax_gpu", float32)
+    float32 = forms.KERNELS["tokamax_gpu"]._replace(dtypes=(jnp.float32,))
+    monkeypatch.setitem(forms.KERNELS, "tokamax_gpu", float32)
 
 
 @needs_tokamax

@@ -22,16 +22,10 @@ from etils import epath
 from latent_delib.machine import files
 from latent_delib.nn.attention import tokamax_gpu
 from latent_delib.nn.attention.cards import shared_memory_of
-from latent_delib.nn.attention.forms import attend, fall_back, unsupported
+from latent_delib.nn.attention.forms import KERNELS, attend, fall_back, unsupported
 from latent_delib.nn.attention.primitive import Bounds
 from latent_delib.nn.sizes import TransformerConfig
 
-# Platform -> its kernels, in the order in which "auto" takes those that are proven.
-BY_PLATFORM = {
-    "gpu": ("pallas_gpu", "tokamax_gpu"),
-    "cuda": ("pallas_gpu", "tokamax_gpu"),
-    "tpu": ("pallas_tpu",),
-}
 # Kernel -> the families of cards on which it is proven, by the results in docs/results/chip.
 PROVEN: dict[str, tuple[str, ...]] = {"pallas_gpu": (), "pallas_tpu": (), "tokamax_gpu": ()}
 
@@ -67,11 +61,17 @@ def choose(form: str, device: Any, config: TransformerConfig, dtype: Any) -> str
 def kernels_of(device: Any) -> tuple[str, ...]:
     """Returns the kernels that a device can run and that are installed, proven or not."""
     found = []
-    for name in BY_PLATFORM.get(device.platform, ()):
+    for name in _of_platform(device):
         is_installed = name != "tokamax_gpu" or tokamax_gpu.is_installed()
         if is_installed and not _missing_capability(name, device):
             found.append(name)
     return tuple(found)
+
+
+def _of_platform(device: Any) -> list[str]:
+    """Returns the kernels of a device's platform."""
+    platform = "cuda" if device.platform == "gpu" else device.platform
+    return [name for name, kernel in KERNELS.items() if kernel.platform == platform]
 
 
 def _missing_capability(form: str, device: Any) -> str | None:
@@ -133,7 +133,7 @@ def _fastest(device: Any, config: TransformerConfig, dtype: Any) -> str:
     """Returns the form that "auto" chooses on a device."""
     kernels = kernels_of(device)
     if not kernels or device not in jax.devices():
-        return BY_PLATFORM.get(device.platform, ("xla",))[0]
+        return [*_of_platform(device), "xla"][0]
     kernel = next((name for name in kernels if is_proven(name, device)), None)
     if kernel is None:
         kind, family = device.device_kind, card_family(device)

@@ -10,7 +10,7 @@ returns each query's log-sum-exp, and a backward pass, which starts from the log
 
 import warnings
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,25 +20,42 @@ from latent_delib.nn.attention import gpu, primitive, tokamax_gpu, tpu, xla
 from latent_delib.nn.attention.cards import LEAST
 from latent_delib.nn.attention.primitive import Bounds, Keys, Options
 
-MODULES = {"xla": xla, "pallas_gpu": gpu, "pallas_tpu": tpu, "tokamax_gpu": tokamax_gpu}
-KERNELS = {"pallas_gpu": "cuda", "pallas_tpu": "tpu"}  # ours, with their platforms
+
+class Kernel(NamedTuple):
+    """Describes a form that is made for one kind of card.
+
+    module: has the functions `forward` and `backward`.
+    platform: the platform of the cards, as jax names it in `platform_dependent`.
+    head_dims, dtypes: those that it supports.
+    is_ours: it is interpreted on other platforms, and has no gradient of a prefix.
+    """
+
+    module: Any
+    platform: str
+    head_dims: tuple[int, ...]
+    dtypes: tuple[Any, ...]
+    is_ours: bool
+
+
 FLOATS = (jnp.bfloat16, jnp.float32)
-# The head dims and dtypes that the kernels support.
-SUPPORTED = {
-    "pallas_gpu": (gpu.HEAD_DIMS, FLOATS),
-    "pallas_tpu": (tpu.HEAD_DIMS, FLOATS),
-    "tokamax_gpu": (tokamax_gpu.HEAD_DIMS, tokamax_gpu.DTYPES),
+# "auto" takes the first kernel of a card's platform that is proven on the card.
+KERNELS = {
+    "pallas_gpu": Kernel(gpu, "cuda", gpu.HEAD_DIMS, FLOATS, is_ours=True),
+    "pallas_tpu": Kernel(tpu, "tpu", tpu.HEAD_DIMS, FLOATS, is_ours=True),
+    "tokamax_gpu": Kernel(
+        tokamax_gpu, "cuda", tokamax_gpu.HEAD_DIMS, tokamax_gpu.DTYPES, is_ours=False
+    ),
 }
-FORMS = ("reference", "xla", *SUPPORTED)
+FORMS = ("reference", "xla", *KERNELS)
 SAVED = ("attention_out", "attention_lse")  # what a backward pass needs besides q, k and v
 
 
-def unsupported(kernel: str, head_dim: int, dtype: Any) -> str | None:
+def unsupported(name: str, head_dim: int, dtype: Any) -> str | None:
     """Returns why a kernel does not support a call, such as "head dim 80", or None."""
-    head_dims, dtypes = SUPPORTED[kernel]
-    if jnp.dtype(dtype) not in dtypes:
+    kernel = KERNELS[name]
+    if jnp.dtype(dtype) not in kernel.dtypes:
         return f"dtype {jnp.dtype(dtype)}"
-    if head_dim not in head_dims:
+    if head_dim not in kernel.head_dims:
         return f"head dim {head_dim}"
     return None
 
@@ -57,7 +74,7 @@ def attend(
 ) -> jax.Array:
     """Computes `primitive.attend` in one of FORMS.
 
-    Gradients reach every input that is differentiated. Where a kernel does not support the head
+    It is differentiable in every input. Where a kernel does not support the head
     dim, the dtype, or the gradient of a prefix, "xla" replaces it, with a warning. It also replaces
     a kernel, silently, where a group has keys before its queries: those of methods that write keys.
 
@@ -70,7 +87,7 @@ def attend(
         return primitive.attend(
             q_BMSNH, k_BMUKH, v_BMUKH, prefix, bounds, scale=scale, softcap=softcap
         )
-    if form in SUPPORTED:
+    if form in KERNELS:
         why = unsupported(form, q_BMSNH.shape[-1], q_BMSNH.dtype)
         if why:
             form = fall_back(form, why)
@@ -93,15 +110,18 @@ def _attend(q_BMSNH, own, prefix, bounds, form, options):
 
 def _run(form: str, name: str, operands: tuple, options: Options) -> Any:
     """Runs a pass of a form. Our kernels are interpreted on platforms other than their own."""
-    function = getattr(MODULES[form], name)
-    if form not in KERNELS:
+    if form == "xla":
+        return getattr(xla, name)(*operands, options)
+    kernel = KERNELS[form]
+    function = getattr(kernel.module, name)
+    if not kernel.is_ours:
         return function(*operands, options)
     interpreted = options._replace(interpret=True)
-    forms = {
-        KERNELS[form]: partial(function, options=options),
+    by_platform = {
+        kernel.platform: partial(function, options=options),
         "default": partial(function, options=interpreted),
     }
-    return jax.lax.platform_dependent(*operands, **forms)
+    return jax.lax.platform_dependent(*operands, **by_platform)
 
 
 def _save(q, own, prefix, bounds, form, options):
@@ -113,7 +133,8 @@ def _save(q, own, prefix, bounds, form, options):
     into_prefix = any(x.perturbed for x in jax.tree.leaves(prefix))
     operands = jax.tree.map(lambda x: x.value, (q, own, prefix, bounds))
     out, lse = _run(form, "forward", operands, options)
-    out, lse = (checkpoint_name(x, name) for x, name in zip((out, lse), SAVED))
+    out = checkpoint_name(out, SAVED[0])
+    lse = checkpoint_name(lse, SAVED[1])
     return out, (operands, out, lse, () if into_prefix else None)
 
 
@@ -123,7 +144,7 @@ def _backward(form, options, saved, dout):
         dout = jnp.zeros(dout.shape, dout.dtype)
     if into_prefix is not None:
         options = options._replace(into_prefix=True)
-        if form in KERNELS:
+        if form in KERNELS and KERNELS[form].is_ours:
             form = fall_back(form, "the gradient of a prefix")
     dq, d_own, d_prefix = _run(form, "backward", (*operands, out, lse, dout), options)
     return dq, d_own, d_prefix, None

@@ -56,7 +56,7 @@ def attend(
 ) -> jax.Array:
     """Computes attention over a range of the prefix and over each query's own group.
 
-    This form is the reference. Autodiff reaches every input.
+    This form is the reference. It is differentiable in every input.
 
     Args:
       q_BMSNH, k_BMUKH, v_BMUKH: queries of each group's last S tokens, and keys and values of all

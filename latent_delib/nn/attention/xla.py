@@ -184,10 +184,7 @@ def _through_own(chunk: Chunk, saved: Saved, options: Options) -> tuple[jax.Arra
         return jnp.zeros(chunk.q.shape, jnp.float32), None
     seen = own_in_range(chunk.own_start, chunk.own[0].shape[3])
     weights, dproducts = _derive(chunk.q, chunk.own, seen, saved, options)
-    d_own = (
-        _sum_over_rows(dproducts, chunk.q),
-        _sum_over_rows(weights, saved.dout),
-    )
+    d_own = _sum_over_rows(dproducts, chunk.q), _sum_over_rows(weights, saved.dout)
     d_own = jax.tree.map(lambda d, x: d.swapaxes(-1, -2).astype(x.dtype), d_own, chunk.own)
     return _weighted(dproducts, chunk.own[0]), d_own
 
@@ -352,8 +349,7 @@ def _sum_over_rows(weights: jax.Array, x: jax.Array, over_groups: bool = False) 
 
     over_groups: sum over all groups too, which gives [B, K, H, U].
 
-    With H before U XLA transposes x. With U before H it would transpose the weights, which are
-    larger.
+    With H before U XLA transposes x; with U before H, the weights, which are larger.
     """
     if not over_groups:
         return einsum("BKcRH,BKcRU->BKcHU", x, weights, jnp.float32)
