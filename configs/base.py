@@ -75,7 +75,7 @@ def get_config() -> ConfigDict:
     c.train = ConfigDict()
     c.train.steps = 100_000
     c.train.batch_size = 1024  # packed sequences per step, over all hosts
-    c.train.accumulation = 1  # parts of a batch, computed one after another
+    c.train.accumulation = 1  # gradient accumulation: parts of a batch, computed one after another
     c.train.log_every = 10  # steps per line of metrics
     # Steps between two losses on held-out text, always the same text; the last step has a loss too.
     # 0: never. If the text is questions, some of them are asked too.
@@ -83,9 +83,9 @@ def get_config() -> ConfigDict:
     c.train.wandb = ""  # a project of Weights & Biases that gets the metrics too; "": none
     c.train.checkpoint_every = 1000  # steps
     c.train.keep = 2  # newest checkpoints kept
-    c.train.keep_every = 0  # checkpoints whose step it divides are kept too; 0: none
-    # How many checkpoints of the lowest loss are kept too. The loss is the mean of the steps since
-    # the checkpoint before.
+    c.train.keep_every = 0  # checkpoints at multiples of this step are kept too; 0: none
+    # How many checkpoints with the lowest loss are kept too: the mean loss of the steps since the
+    # previous checkpoint.
     c.train.keep_best = 0
     # How many steps are skipped because loss or gradient is not finite, counted since the last
     # start; one more ends the job.
@@ -98,9 +98,11 @@ def get_config() -> ConfigDict:
     # auto: a kernel that is proven on this card, else xla. Or one by name: reference, xla,
     # pallas_gpu, pallas_tpu, tokamax_gpu.
     c.compute.attention = "auto"
-    # What the backward pass keeps, from most to least: none, dots, attention, full.
+    # What the backward pass computes again instead of storing it. none: nothing; dots: all but
+    # products and attention; attention: all but attention; full: everything.
     c.compute.remat = "attention"
-    # How many tokens per sequence have logits at one time; a device holds at most 4 times as many.
+    # Logits are computed for this many tokens per sequence at a time, and for at most 4 times as
+    # many tokens per device.
     c.compute.loss_chunk = 512
 
     c.mesh = ConfigDict()  # devices along each axis; -1: the rest of the devices

@@ -127,7 +127,8 @@ def test_the_keys_are_listed_with_values_and_comments(command, capsys, config_fi
     assert found["method.num_latents"] == ("16", "N_L")
     assert found["method.coprocessor.num_layers"] == ("", "not set: int")
     assert found["decoder.architecture.layer_pattern"] == ("", "not set: tuple")
-    above = "What the backward pass keeps, from most to least: none, dots, attention, full."
+    above = "What the backward pass computes again instead of storing it. none: nothing; dots: "
+    above += "all but products and attention; attention: all but attention; full: everything."
     assert found["compute.remat"] == ("'attention'", above)
     assert found["mesh.data"] == ("-1", "")
     of_leaves = base.get_config().to_dict()

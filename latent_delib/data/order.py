@@ -112,7 +112,8 @@ class Order:
         """
         first = start // BLOCK
         sources, counts = [], []
-        for block in range(first, -(-stop // BLOCK)):
+        last = (stop - 1) // BLOCK
+        for block in range(first, last + 1):
             source, count = self._block(block)
             sources.append(source)
             counts.append(count)

@@ -8,6 +8,7 @@ and each piece of a long text begins with BOS.
 import functools
 import itertools
 import json
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -99,7 +100,7 @@ class Adapter(TemplateLM):
         self, requests: list[Instance], disable_tqdm: bool = True
     ) -> list[float]:
         texts = [self.tok_encode(request.args[0], add_special_tokens=False) for request in requests]
-        pieces = sum(-(-len(text) // (self.lm.max_length - 1)) for text in texts)
+        pieces = sum(math.ceil(len(text) / (self.lm.max_length - 1)) for text in texts)
         progress = Progress("read", pieces, "pieces of text")
         sums = self.lm.rolling_logprobs(texts, self.augment, self.every, self.rows, progress)
         return sums.tolist()
