@@ -84,8 +84,8 @@ def get_config() -> ConfigDict:
     c.train.checkpoint_every = 1000  # steps
     c.train.keep = 2  # newest checkpoints kept
     c.train.keep_every = 0  # checkpoints at multiples of this step are kept too; 0: none
-    # How many checkpoints with the lowest loss are kept too: the mean loss of the steps since the
-    # previous checkpoint.
+    # How many more checkpoints are kept: those of the lowest loss, which is the mean over the steps
+    # since the previous checkpoint.
     c.train.keep_best = 0
     # How many steps are skipped because loss or gradient is not finite, counted since the last
     # start; one more ends the job.

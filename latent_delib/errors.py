@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-LOST = 69  # exit code when another process or a store is lost: run the command again to go on
+LOST = 69  # exit code when a process is lost, or a store or the Hub does not answer: run again
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells expect
 
 
@@ -29,9 +29,9 @@ def _printable(character: str) -> str:
 
 
 class Outage(OSError):
-    """Reports a store that does not answer, as (errno, text, filename).
+    """Reports a store, or the Hub, that does not answer, as (errno, text, filename).
 
-    The store may answer later; nothing is damaged.
+    It may answer later; nothing is damaged.
     """
 
 

@@ -11,9 +11,9 @@ Ctrl-C, or one before the first step, ends the job at once.
 --text and --held_out name a text of your own, to train on and to evaluate on. They are turned into
 token files first, in WORKDIR/tokens.
 
-Exit codes: 0 done; 75 stopped by SIGTERM and saved, run again; 69 another process or the store was
-lost, run again; 134 jax ended the process because another hangs, run again; 130 stopped by Ctrl-C,
-the same command resumes; 1 an error that running again does not fix.
+Exit codes: 0 done; 75 stopped by SIGTERM and saved, run again; 69 another process was lost, or a
+store or the Hub does not answer, run again; 134 jax ended the process because another hangs, run
+again; 130 stopped by Ctrl-C, the same command resumes; 1 an error that running again does not fix.
 """
 
 import dataclasses
@@ -97,7 +97,8 @@ def train(config: ConfigDict, workdir: str, ctrl_c: bool = False) -> int:
     Raises:
       UserError: anything wrong with config, data, decoder or workdir, before training starts; a
         loss that is not finite, with its step.
-      OSError: the disk failed; the last checkpoint is whole.
+      OSError: the disk failed, or (Outage) a store or the Hub does not answer; the last checkpoint
+        is whole.
     """
     batches.check(config.data, "sources")
     if config.train.validate_every:
@@ -151,7 +152,7 @@ def run(exp: Experiment, workdir: str, stop: Stop) -> int:
     vote = distributed.vote(exp.mesh)
     stop.is_training = True
     metrics.begin_row(start_step)  # its clock starts after compiling
-    with checkpoints, metrics:  # also after an error, ends the save in progress and the logs
+    with checkpoints, metrics:  # also after an error, they finish a save in progress and the logs
         for step in range(start_step + 1, t.steps + 1):
             with metrics.waiting():
                 local = next(loader)

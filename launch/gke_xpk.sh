@@ -11,8 +11,8 @@
 #
 # `run` adds --distributed, makes an image of this folder (Dockerfile), pushes it as gcr.io/PROJECT/latent_delib:TIME, and
 # returns once the job is queued. Kubernetes itself starts the job again, from the same image, after a preemption, a
-# signal, code 69 (another process or the store was lost), 75 (stopped, and saved) or the codes that XPK adds (42, 127 and
-# more), and not after code 1.
+# signal, code 69 (another process was lost, or a store or the Hub does not answer), 75 (stopped, and saved) or the codes
+# that XPK adds (42, 127 and more), and not after code 1.
 # `keep` does `run` unless NAME is there, and waits for its end.
 #
 #   --accelerator=TYPE   as XPK names them: v4-N, v5litepod-N, v5p-N, v6e-N, tpu7x-N

@@ -91,7 +91,7 @@ class HubDataset:
     def _unanswered(self, text: str) -> UserError | Outage:
         """Returns the error for a revision that only the Hub could give."""
         if datasets.config.HF_HUB_OFFLINE:
-            return self._error(f"{text}, and HF_HUB_OFFLINE is set")
+            return self._error(f"{text}, and the client is offline (HF_HUB_OFFLINE)")
         return Outage(errno.ECONNABORTED, f"{text}, and the Hub does not answer", self.source)
 
     def _error(self, text: str) -> UserError:

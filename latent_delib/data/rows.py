@@ -214,7 +214,7 @@ _OPEN: weakref.WeakSet[Generator] = weakref.WeakSet()
 
 
 def closed_at_exit(generator: Generator) -> Generator:
-    """Returns a generator, which is closed when Python exits, so that its threads end first."""
+    """Returns the generator; when Python exits it is closed first, so that its threads can end."""
     _OPEN.add(generator)
     return generator
 

@@ -65,6 +65,7 @@ def open_source(source: str) -> Reader:
 
     Raises:
       UserError: the text is missing, or the package that reads it is not installed.
+      Outage: the Hub does not answer, and its cache does not have the dataset.
     """
     meant = parse(source)
     if isinstance(meant, Files):

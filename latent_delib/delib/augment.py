@@ -345,7 +345,7 @@ def _text_loss(
     segment_BT: jax.Array,
     prompt_end: Sequence[int],
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns Σ cross-entropy in nats and Σ tokens of all text after prompts, as `loss`."""
+    """Returns Σ cross-entropy in nats and Σ tokens of all text after prompts, as `loss` does."""
     one_more = [(0, 0), (0, 1)]
     targets_BT = jnp.pad(tokens_BT[:, 1:], one_more)
     next_segment_BT = jnp.pad(segment_BT[:, 1:], one_more)

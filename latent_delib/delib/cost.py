@@ -3,7 +3,7 @@
 Useful means the operations that the method needs if nothing is computed twice:
 
   - the text once forward, and backward too where the decoder is trained; of the last layer only
-    keys and values where the cache is enough (`Augmentation.cache_is_enough`);
+    keys and values where no outputs are needed (`Augmentation.needs_outputs`);
   - the coprocessor forward and backward, to activations and weights;
   - the decoder's traces forward and backward, to activations only where the decoder is frozen;
   - the logits likewise, and once forward for a teacher;

@@ -90,8 +90,8 @@ def train_step(
       frozen: parameters that are not trained, in the dtype of the computation.
       batch: "tokens" and "segment", int32 [B, T].
       tx: the optimizer of `optimizer.make_optimizer`.
-      skip_bad: where loss or gradient is not finite, keep weights and moments. The step counter
-        still advances, and the learning rate follows it.
+      skip_bad: where loss or gradient is not finite, keep weights and moments. All counters
+        still advance, and with them the learning rate.
 
     Returns:
       The new state, and float32 scalars: loss (nats per token), tokens, grad_norm (before
@@ -106,7 +106,7 @@ def train_step(
         params = augment.assemble(frozen, augment.with_whole_tables(aug, trained))
         return _loss_sum(objective, params, part)
 
-    # Differentiate by the cast weights, so that gradients are summed over devices in their dtype.
+    # With respect to the cast weights, so that gradients are summed over devices in that dtype.
     trained = jax.tree.map(lambda x: x.astype(objective.dtype), state.trainable)
     if parts == 1:
         (loss, tokens), grads = jax.value_and_grad(loss_sum, has_aux=True)(trained, whole)

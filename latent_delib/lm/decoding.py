@@ -113,7 +113,7 @@ def decode_in_chunks(
         if due is None and waiting is None:
             reading = None  # no more latents will join
         elif cache is reading.cache:
-            cache = jax.tree.map(jnp.copy, cache)  # decoding overwrites it, not `reading`
+            cache = jax.tree.map(jnp.copy, cache)  # decoding overwrites this copy
         until = _next_stop(options, made, due, waiting)
         state, cache = decode(state, cache, key_B, options.sampler, until - made)
         made = until

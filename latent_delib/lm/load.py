@@ -29,13 +29,7 @@ from latent_delib.machine import arguments, checkpoint
 from latent_delib.nn.layers import PARAM_AXES, Axes
 from latent_delib.nn.sizes import TransformerConfig
 from latent_delib.nn.transformer import Params, Transformer
-from latent_delib.weights import (
-    exported,
-    folder,
-    imported,
-    locate,
-    tokenizer_files,
-)
+from latent_delib.weights import exported, folder, imported, locate, tokenizer_files
 from latent_delib.weights.tensors import check_shapes
 
 
@@ -120,6 +114,7 @@ def load_decoder(
 
     Raises:
       UserError: files are missing, tensors do not fit, or `dtype` is neither of these.
+      OSError: the disk fails, or (Outage) the Hub does not answer.
     """
     name = arguments.path("path", path)
     dtype = inputs.checked_dtype(dtype)

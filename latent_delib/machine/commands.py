@@ -37,9 +37,9 @@ NOISE = re.compile(
 def run(main: Callable[[Any], None], doc: str, **options: tuple[Any, str]) -> None:
     """Parses the command line, calls `main(values)` and exits.
 
-    The exit code is 0 when done, 1 for a user's mistake or a failed disk, LOST for a store that
-    does not answer, INTERRUPTED for Ctrl-C, UNREAD for a closed pipe, or the code with which `main`
-    exits itself, such as STOPPED.
+    The exit code is 0 when done, 1 for a user's mistake or a failed disk, LOST for a store or
+    a Hub that does not answer, INTERRUPTED for Ctrl-C, UNREAD for a closed pipe, or the code with
+    which `main` exits itself, such as STOPPED.
 
     Args:
       main: a function that gets the values of the flags as attributes.

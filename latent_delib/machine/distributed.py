@@ -49,9 +49,9 @@ def job(flags: Any) -> Iterator[None]:
 
       1     No. A process ended with 1, and so do all others: a mistake, a failed disk, a bug or too
             little memory would stop the job again.
-      LOST  Yes. A process was killed, its machine was lost, or the store of its checkpoints does
-            not answer. The others end GRACE seconds later, SILENCE more if the network does not
-            report the loss.
+      LOST  Yes. A process was killed, its machine was lost, or a store or the Hub does not answer.
+            The others end GRACE seconds later, SILENCE more if the network does not report the
+            loss.
 
     Raises:
       UserError: the processes do not all start within `flags.start_timeout` seconds, or do not fit

@@ -112,7 +112,7 @@ class Transformer(nn.Module):
         return normed(c, "final_norm", x_BMSD), KV(*kv)
 
     def _keys_and_values(self, x_BMSD: jax.Array, ropes: Any, ranges: Bounds) -> KV:
-        """Returns the keys and values of all layers, without the outputs of the last one."""
+        """Returns the keys and values of all layers; computes no outputs of the last one."""
         c = self.config
         block = Block(c, self.form, self.partition, parent=None)
         stacks = self.variables["params"]["layers"], jnp.array(c.is_local, jnp.int32)

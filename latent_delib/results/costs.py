@@ -5,7 +5,7 @@ from pathlib import Path
 
 from latent_delib.delib import cost
 from latent_delib.delib.methods import METHODS
-from latent_delib.errors import UserError
+from latent_delib.errors import Outage, UserError
 from latent_delib.job import build, parameters
 from latent_delib.job import plan as planning
 from latent_delib.nn.sizes import TransformerConfig
@@ -75,7 +75,7 @@ def architecture_of(result: Result) -> TransformerConfig | None:
     for fields in (record.architecture, record["decoder.architecture"]):
         with suppress(UserError):  # incomplete
             return TransformerConfig.from_dict(fields or {}, str(result.path))
-    with suppress(UserError):  # no such folder on this machine
+    with suppress(UserError, Outage):  # no such folder here, or the Hub does not answer
         decoder = locate.find_decoder(record["decoder.path"])
         if folder.fingerprint(decoder) == record.fingerprint:
             return folder.read_config(decoder)

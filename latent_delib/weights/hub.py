@@ -62,7 +62,9 @@ def _failure(path: str, error: Exception) -> UserError | OSError:
     answer = getattr(error.__cause__ or error, "response", None)
     status = getattr(answer, "status_code", None)
     if status is None and constants.HF_HUB_OFFLINE:
-        return UserError(f"{path}: not in the Hub's cache, and HF_HUB_OFFLINE is set")
+        return UserError(
+            f"{path}: not in the Hub's cache, and the client is offline (HF_HUB_OFFLINE)"
+        )
     if status is None:
         return Outage(
             errno.ECONNABORTED, "not in the Hub's cache, and the Hub does not answer", path

@@ -22,7 +22,7 @@ def open_source(where: Path, wanted: TransformerConfig | None = None) -> Source:
 
     Args:
       where: a GGUF file, a folder in Hugging Face's form, or an orbax checkpoint of Gemma.
-      wanted: the architecture that an orbax checkpoint must have, or None.
+      wanted: the architecture of an orbax checkpoint; None: the known size that fits.
 
     Raises:
       UserError: there is nothing of these forms, or the decoder is damaged or not supported.
@@ -34,10 +34,10 @@ def open_source(where: Path, wanted: TransformerConfig | None = None) -> Source:
     if any((where / mark).exists() for mark in deepmind.MARKS):
         return deepmind.open_source(where, wanted)
     if where.is_dir() and where.parent.name == "checkpoints" and where.name.isdigit():
-        raise UserError(f"--source={where}: is inside the workdir {where.parents[1]}; name that")
+        raise UserError(f"{where}: is inside the workdir {where.parents[1]}; name that")
     found = "is a folder with nothing known in it" if where.is_dir() else "does not exist"
     raise UserError(
-        f"--source={where}: {found}; expected a GGUF file, a folder with config.json, "
+        f"{where}: {found}; expected a GGUF file, a folder with config.json, "
         "an orbax checkpoint of Gemma, or hf:OWNER/NAME"
     )
 

@@ -16,7 +16,8 @@ def local_path(path: str) -> Path:
     "packaged" comes with this package; "hf:OWNER/NAME" is on the Hugging Face Hub.
 
     Raises:
-      UserError: the path is in a store, or the Hub does not give the model.
+      UserError: the path is in a store; or as `hub.download`.
+      OSError: as `hub.download`.
     """
     if "://" in path:
         raise UserError(f"{path!r}: expected a local path; download it, and name that")
@@ -39,7 +40,7 @@ def find_decoder(path: str) -> Path:
     """Returns the decoder folder of ours that a path means.
 
     Raises:
-      UserError: as `local_path` and `check_ours`.
+      UserError, OSError: as `local_path` and `check_ours`.
     """
     folder = local_path(path)
     check_ours(folder, path)

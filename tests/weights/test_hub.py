@@ -61,7 +61,10 @@ def test_models_are_fetched_once_and_stay(tmp_path):
         assert "pytorch_model.bin" not in server.asked
     found = ask("hf:me/decoder", "hf:me/another", **there, HF_HUB_OFFLINE="1")
     assert found[0] == expected
-    assert found[1] == "hf:me/another: not in the Hub's cache, and HF_HUB_OFFLINE is set"
+    assert (
+        found[1]
+        == "hf:me/another: not in the Hub's cache, and the client is offline (HF_HUB_OFFLINE)"
+    )
 
 
 @pytest.mark.parametrize("path", ["hf:", "hf:gemma", "hf:a/b/c", "hf:a/b@", "hf://a/b"])

@@ -526,7 +526,7 @@ def test_a_checkpoint_is_inside_a_workdir(tmp_path):
     refused(
         where,
         tmp_path / "out",
-        f"--source={where}: is inside the workdir {tmp_path / 'run'}; name that",
+        f"{where}: is inside the workdir {tmp_path / 'run'}; name that",
     )
 
 

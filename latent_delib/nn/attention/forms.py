@@ -74,9 +74,9 @@ def attend(
 ) -> jax.Array:
     """Computes `primitive.attend` in one of FORMS.
 
-    It is differentiable in every input. Where a kernel does not support the head
-    dim, the dtype, or the gradient of a prefix, "xla" replaces it, with a warning. It also replaces
-    a kernel, silently, where a group has keys before its queries: those of methods that write keys.
+    The result is differentiable in every input. Where a kernel does not support the head dim, the
+    dtype, or the gradient of a prefix, "xla" replaces it, with a warning. It also replaces a
+    kernel, silently, where a group has keys before its queries: those of methods that write keys.
 
     Args:
       q_BMSNH, k_BMUKH, v_BMUKH, prefix, bounds, scale, softcap: as for `primitive.attend`.
