@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from latent_delib.errors import UserError
 from latent_delib.machine import arguments
 
-FILE = "chat_template.jinja"  # beside a tokenizer; Hugging Face's name
+FILE = "chat_template.jinja"  # beside a tokenizer
 MARK = "\ufdd0"  # a noncharacter, which Unicode reserves for uses like this
 FIELDS = {"role", "content"}
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +17,6 @@ from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.step import Score, ahead_step, read_step
 from latent_delib.errors import UserError
 from latent_delib.job.experiment import Experiment
-from latent_delib.lm.batching import round_up
 from latent_delib.measure.metric import all_terms
 from latent_delib.measure.views import Case
 from latent_delib.nn.transformer import Params
@@ -181,7 +181,7 @@ def _positions_at_once(exp: Experiment) -> int:
     if not e.max_positions:
         return at_once
     shards = mesh_lib.shards(exp.mesh, "traces")
-    return min(at_once, round_up(e.max_positions, shards))
+    return min(at_once, math.ceil(e.max_positions / shards) * shards)
 
 
 def _positions(exp: Experiment, cases: Sequence[Case], at_once: int) -> np.ndarray:
@@ -192,7 +192,7 @@ def _positions(exp: Experiment, cases: Sequence[Case], at_once: int) -> np.ndarr
     """
     e = exp.config.evaluate
     most = max(len(case.own_at) for case in cases)
-    columns = max(at_once, round_up(most, at_once))
+    columns = max(1, math.ceil(most / at_once)) * at_once
     positions = np.full((e.batch_size, columns), e.max_length - 1, np.int32)
     for row, case in enumerate(cases):
         positions[row, : len(case.own_at)] = case.own_at

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from latent_delib.data import chat
 from latent_delib.errors import UserError
+from latent_delib.weights.tokenizer_files import CHAT_TEMPLATE
 
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6  # values of tokenizer.ggml.token_type
 
@@ -61,7 +61,7 @@ def write(metadata: Mapping[str, Any], folder: Path, source: str) -> None:
         write_files(keys, _vocabulary(keys), folder)
         if "tokenizer.chat_template" in metadata:
             template = metadata["tokenizer.chat_template"]
-            (folder / chat.FILE).write_text(template, "utf-8")
+            (folder / CHAT_TEMPLATE).write_text(template, "utf-8")
     except KeyError as error:
         raise UserError(f"{source}: tokenizer.ggml.{error.args[0]} is missing") from None
     except OSError:  # a full disk

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from latent_delib.data import chat
 from latent_delib.errors import UserError
 from latent_delib.machine.files import read_json, read_text
 
+CHAT_TEMPLATE = "chat_template.jinja"  # Hugging Face's name
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 
 
@@ -95,7 +95,7 @@ def copy_tokenizer(path: Path, folder: Path) -> None:
     """
     template = chat_template(path.parent)
     if template is not None:
-        (folder / chat.FILE).write_text(template, "utf-8")
+        (folder / CHAT_TEMPLATE).write_text(template, "utf-8")
     is_json = path.suffix == ".json"
     shutil.copyfile(path, folder / ("tokenizer.json" if is_json else "tokenizer.model"))
     config = path.parent / "tokenizer_config.json"
@@ -113,7 +113,7 @@ def chat_template(folder: Path) -> str | None:
       UserError: the file is not UTF-8; tokenizer_config.json holds no such template, but something
         else.
     """
-    file = folder / chat.FILE
+    file = folder / CHAT_TEMPLATE
     if file.is_file():
         return read_text(file)
     config = folder / "tokenizer_config.json"
