@@ -15,7 +15,7 @@ GGUF:
 
 A job of many processes takes token files instead of --text: launch/README.md has its commands.
 
-T is 2048, M 128, A 16; N_L is --config.method.num_latents, 4 to 64 in the paper. A batch is
+T is 2048, M 128, N_A 16; N_L is --config.method.num_latents, 4 to 64 in the paper. A batch is
 computed in parts; docs/scaling.md says which parts fit on which slice.
 """
 
