@@ -38,11 +38,10 @@ from latent_delib.data import batches
 from latent_delib.delib import augment
 from latent_delib.delib.step import TrainState
 from latent_delib.errors import INTERRUPTED, UserError
-from latent_delib.job import build, dry_run, experiment, own_text, parameters, search
+from latent_delib.job import build, dry_run, experiment, export, own_text, parameters, search
 from latent_delib.job import plan as planning
 from latent_delib.job.checks import check_steps
 from latent_delib.job.experiment import Experiment
-from latent_delib.job.export import export_decoder
 from latent_delib.job.metrics import Metrics
 from latent_delib.job.plan import Plan
 from latent_delib.job.record import Record
@@ -76,6 +75,7 @@ def main(flags: Any) -> None:
                 f"--text={flags.text}: with --distributed, run prepare first, and name its folder "
                 "in config.data.token_files"
             )
+        check(flags.config, flags.workdir)  # before all of the text is tokenized
         own_text.make_tokens(flags.config, flags.workdir)
     with distributed.job(flags):
         code = train(flags.config, flags.workdir, ctrl_c=True)
@@ -103,11 +103,18 @@ def train(config: ConfigDict, workdir: str, ctrl_c: bool = False) -> int:
     batches.check(config.data, "sources")
     if config.train.validate_every:
         batches.check(config.data, "validation")
+    exp = check(config, workdir)
+    with exclusive(workdir), graceful_stop(ctrl_c) as stop:
+        return run(exp, workdir, stop)
+
+
+def check(config: ConfigDict, workdir: str) -> Experiment:
+    """Returns the experiment of a config. Raises UserError for a mistake that needs no text."""
     check_steps(config)
     exp = experiment.read(config)
     planning.check_dtype(exp)
-    with exclusive(workdir), graceful_stop(ctrl_c) as stop:
-        return run(exp, workdir, stop)
+    export.check_free(exp, workdir)
+    return exp
 
 
 def run(exp: Experiment, workdir: str, stop: Stop) -> int:
@@ -127,7 +134,7 @@ def run(exp: Experiment, workdir: str, stop: Stop) -> int:
     if start_step >= t.steps:
         # A job that was killed between its last checkpoint and its end has not written the decoder.
         if build.step_of_decoder(workdir) != start_step:
-            export_decoder(exp, workdir, start_step, restored.trainable)
+            export.export_decoder(exp, workdir, start_step, restored.trainable)
         say(f"done: step {start_step} of {workdir}")
         return 0
     rows = mesh_lib.local_rows(exp.mesh, t.batch_size)
@@ -184,7 +191,7 @@ def run(exp: Experiment, workdir: str, stop: Stop) -> int:
         by = SIGNALS.get(stop.signal, "a signal to another process")
         say(f"stopped by {by}; step {step} is saved, the same command resumes")
         return INTERRUPTED if stop.signal == signal.SIGINT else commands.STOPPED
-    export_decoder(exp, workdir, step, state.trainable, frozen.get("decoder"))
+    export.export_decoder(exp, workdir, step, state.trainable, frozen.get("decoder"))
     say(f"done: step {step} of {workdir}")
     return 0
 

@@ -350,6 +350,20 @@ def test_logits_divided_by_a_temperature(make_config, trained_lm, softcap):
     assert (augment.nll(*values.at_temperature(1.0, *arguments)) == augment.nll(*arguments)).all()
 
 
+def test_a_temperature_near_one_is_not_rounded_away(make_config, trained_lm):
+    """In bfloat16 1.003 would be 1."""
+    aug = experiment.read(make_config({"compute.dtype": "bfloat16"})).aug
+    draw = np.random.default_rng(0)
+    x = jnp.asarray(draw.normal(size=(1, 64, aug.decoder.config.embed_dim)), jnp.bfloat16)
+    targets = jnp.zeros((1, 64), jnp.int32)
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), trained_lm.params)
+    table_VD = transformer.output_table(params["decoder"])
+    logits = transformer.unembed(table_VD, x.astype(jnp.float32), aug.decoder.config)
+    expected = -jax.nn.log_softmax(logits / 1.003)[..., 0]
+    found = augment.nll(*values.at_temperature(1.003, aug, params, x, targets))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 def test_an_evaluation_at_a_temperature(make_config, trained, tmp_path):
     plain = evaluate.evaluate(make_config(), str(trained), str(tmp_path / "plain"))
     cooled = evaluate.evaluate(

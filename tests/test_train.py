@@ -179,6 +179,7 @@ def test_a_text_of_your_own_is_prepared_trained_on_and_evaluated(config_file, tm
         ({"text": "none*"}, ["source 'files:none*'", "no file matches"]),
         ({"config.data.token_files": "tokens"}, ["--text", "config.data.token_files=tokens"]),
         ({"config.train.steps": 0}, ["config.train.steps=0"]),
+        ({"config.mesh.data": 3}, ["mesh", "3"]),  # before the text is read
         ({"distributed": True}, ["--text", "run prepare first"]),
     ],
 )
@@ -444,6 +445,24 @@ def test_a_trained_decoder_is_exported(
     train.train(make_config(settings | {"decoder.path": str(make_decoder(2))}), str(tmp_path))
     assert file.read_bytes() != first[0]
     assert not list(tmp_path.glob("*tmp*"))
+
+
+def test_a_decoder_that_is_trained_on_is_not_replaced(
+    make_config, decoder_folder, tmp_path, config_file
+):
+    """It lies where the trained one would go, or one that no training has written does."""
+    shutil.copytree(decoder_folder, tmp_path / "decoder")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "decoder").iterdir()}
+    own = {"method.name": "decoder", "decoder.path": f"{tmp_path}/decoder"}
+    for settings in (own, {"method.name": "joint"}):
+        with pytest.raises(UserError, match="would replace .*/decoder, which is not of this"):
+            train.train(make_config(settings), str(tmp_path))
+    (tmp_path / "decoder" / "trained.json").write_text('{"step": 4}')  # by an earlier training
+    with pytest.raises(UserError, match="would replace"):
+        train.train(make_config(own), str(tmp_path))
+    (tmp_path / "decoder" / "trained.json").unlink()
+    after = {path.name: path.read_bytes() for path in (tmp_path / "decoder").iterdir()}
+    assert after == before and not (tmp_path / "checkpoints").exists()
 
 
 @pytest.mark.slow  # one that is cut short begins and ends like it

@@ -172,6 +172,12 @@ def has_steps(source: str) -> bool:
     return parse(source).kind.startswith("qa_steps")
 
 
+def is_on_hub(source: str) -> bool:
+    """Tells whether a source is a dataset on the Hugging Face Hub."""
+    meant = parse(source)
+    return isinstance(meant, Hub) and not meant.is_local
+
+
 def removed_steps(source: str) -> int:
     """Returns how many steps of each question, from the first on, are left out."""
     _, _, count = parse(source).kind.partition("-")

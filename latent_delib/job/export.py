@@ -1,6 +1,7 @@
 """Writes the decoder that a job has trained, as a decoder folder in its workdir."""
 
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -10,6 +11,8 @@ from etils import epath
 
 from latent_delib import mesh as mesh_lib
 from latent_delib.delib import lora
+from latent_delib.delib.methods import METHODS
+from latent_delib.errors import UserError
 from latent_delib.job import parameters
 from latent_delib.job.build import TRAINED
 from latent_delib.job.experiment import Experiment
@@ -17,6 +20,22 @@ from latent_delib.machine import files
 from latent_delib.machine.workdir import is_remote
 from latent_delib.nn.transformer import Params
 from latent_delib.weights import folder, tokenizer_files
+
+
+def check_free(exp: Experiment, workdir: str) -> None:
+    """Raises UserError if the trained decoder would replace one that no training wrote there.
+
+    In a bucket there is none: decoders are read from local folders alone.
+    """
+    path = Path(workdir) / "decoder"
+    if is_remote(workdir) or not METHODS[exp.aug.method].trains_decoder or not path.exists():
+        return
+    used = [os.path.realpath(f) for f in (exp.decoder_folder, exp.assistant_folder) if f]
+    if os.path.realpath(path) in used or not (path / TRAINED).exists():
+        raise UserError(
+            f"--workdir={workdir}: the trained decoder would replace {path}, which is not of this "
+            "training; name another workdir"
+        )
 
 
 def export_decoder(

@@ -6,7 +6,6 @@ from typing import Any
 from latent_delib.data.sources import Files, parse, source_of
 from latent_delib.data.text_files import TextFiles
 from latent_delib.errors import UserError
-from latent_delib.job.checks import check, check_steps
 from latent_delib.job.preparation import prepare
 
 
@@ -43,10 +42,8 @@ def make_tokens(config: Any, workdir: str) -> None:
     """Makes the token files WORKDIR/tokens of a config's data, and names them in the config.
 
     Raises:
-      UserError: a mistake in the config; errors of `prepare`.
+      UserError: as `prepare`.
     """
-    check(config)
-    check_steps(config)
     prepare(config, token_folder(workdir))
     config.data.token_files = token_folder(workdir)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from latent_delib.data import text, token_files
 from latent_delib.data.rows import BadRecords, Document
-from latent_delib.data.sources import check_files, has_questions
+from latent_delib.data.sources import check_files, has_questions, is_on_hub
 from latent_delib.data.tokenizer import Tokenizer, fingerprint
 from latent_delib.errors import UserError
 from latent_delib.machine import files
@@ -28,7 +28,8 @@ def prepare(config: Any, out: str) -> dict:
     """Writes the token files of `config.data`, unless they are there; returns their meta.json.
 
     Bad documents are skipped and counted, up to `data.max_bad_records` in all.
-    `batches.Training.batches` says which documents are bad.
+    `batches.Training.batches` says which documents are bad. If the token files of a dataset on the
+    Hub are finished, the Hub is not asked whether the dataset has changed.
 
     Args:
       config: the config of a training job.
@@ -39,14 +40,15 @@ def prepare(config: Any, out: str) -> dict:
     """
     data = config.data
     out = out.rstrip("/")
-    check_files([*data.sources, *data.validation])
-    tokenizer_path = tokenizer_of(config)
-    readers = {source: text.open_source(source) for source in (*data.sources, *data.validation)}
-    tokenizer = Tokenizer(tokenizer_path)
-    meta = _describe(data, tokenizer, readers)
+    sources = [*data.sources, *data.validation]
+    check_files(sources)
+    tokenizer = Tokenizer(tokenizer_of(config))
     if "://" in out:  # the store's client tries for minutes, without a word
         print(f"looking for token files in {out}", flush=True)
     found = token_files.read_meta(out)
+    wanted = [source for source in sources if not (found and is_on_hub(source))]
+    readers = {source: text.open_source(source) for source in wanted}
+    meta = _describe(data, tokenizer, readers)
     if found:
         difference = _difference(found, meta)
         if difference:
@@ -87,10 +89,17 @@ def tokenizer_of(config: Any) -> Path:
 
 
 def _describe(data: Any, tokenizer: Tokenizer, readers: dict[str, text.Reader]) -> dict:
-    """Returns the meta.json of token files that are about to be written, without counts."""
+    """Returns the meta.json of token files that are about to be written, without counts.
+
+    A source without a reader has no "text", the fingerprint.
+    """
 
     def described(sources: Any) -> list[dict]:
-        return [{"source": each, "text": readers[each].fingerprint()} for each in sources]
+        entries = [{"source": each} for each in sources]
+        for entry in entries:
+            if entry["source"] in readers:
+                entry["text"] = readers[entry["source"]].fingerprint()
+        return entries
 
     train = described(data.sources)
     for entry in train:
@@ -120,7 +129,8 @@ def _difference(found: dict, meta: dict) -> str | None:
             return f"{key} is {there} there and {here} here"
     for split in SPLITS:
         for there, here in zip(found[split], meta[split]):
-            if there.get("text", here["text"]) != here["text"]:  # older token files do not say
+            known = "text" in there and "text" in here  # older token files do not say
+            if known and there["text"] != here["text"]:
                 return f"the text of {here['source']} has changed"
             if here.get("whole") and not there.get("whole"):
                 return f"an older version split questions of {here['source']} between rows"

@@ -1,9 +1,10 @@
 """Loads decoders and coprocessors for `lm.model.AugmentedLM`, and makes untrained coprocessors."""
 
+import contextlib
 import dataclasses
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -201,8 +202,24 @@ def _load_coprocessor(workdir: str | os.PathLike, step: int | None) -> Coprocess
     return Coprocessor(params, record, fingerprint)
 
 
+@contextlib.contextmanager
+def _record_errors(where: Path) -> Iterator[None]:
+    """Turns what a damaged record of an exported coprocessor raises into UserError."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError) as error:
+        found = f"{type(error).__name__}: {error}"
+        file = where / exported.FILE
+        raise UserError(f"{file}: record is damaged ({found}); export it again") from None
+
+
 def _exported(where: Path, step: int | None) -> Coprocessor:
     fields, params = exported.load(where, step)
+    with _record_errors(where):
+        return _checked_export(fields, params, where)
+
+
+def _checked_export(fields: dict[str, Any], params: Params, where: Path) -> Coprocessor:
     record = Record.from_meta(fields["record"], str(where))
     writing = [name for name, method in METHODS.items() if method.writes_latents]
     for key, known in (("method.name", writing), ("method.placement", PLACEMENTS)):
@@ -231,7 +248,8 @@ def read_record(workdir: str, step: int | None = None) -> Record:
     """
     where = exported.find_export(workdir)
     if where is not None:
-        return Record.from_meta(exported.read_fields(where, step)["record"], workdir)
+        with _record_errors(where):
+            return Record.from_meta(exported.read_fields(where, step)["record"], workdir)
     _, meta = checkpoint.open_for_reading(workdir, step)
     return Record.from_meta(meta, workdir)
 

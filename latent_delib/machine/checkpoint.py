@@ -53,8 +53,8 @@ class Checkpoints:
       read_only: makes, renames and removes nothing.
 
     Raises:
-      UserError: there is a file in place of the folder, processes see different folders, or a
-        package for gs:// is missing.
+      UserError: there is a file in place of the folder, its path has a bracket or a backslash,
+        processes see different folders, or a package for gs:// is missing.
       OSError: the folder cannot be written (Outage: the store does not answer).
     """
 
@@ -71,6 +71,7 @@ class Checkpoints:
         self.handler = ocp.StandardCheckpointHandler()
         self.manager = None
         if not read_only:
+            _check_path(self.path)
             with _disk_errors(self.path):
                 self._make_folder()
                 self.manager = _make_manager(self.path, keep, keep_every, keep_best)
@@ -339,6 +340,13 @@ class _Manager(ocp.CheckpointManager):
             return {"loss": float(super().metrics(step)["loss"])}
         except (KeyError, TypeError, ValueError):
             return None
+
+
+def _check_path(path: epath.Path) -> None:
+    """Raises UserError for a path that Orbax would take for a pattern: it would lose all arrays."""
+    found = next((sign for sign in "[]\\" if sign in str(path)), None)
+    if found is not None:
+        raise UserError(f"{path}: a checkpoint's path cannot hold {found}; name another workdir")
 
 
 def _make_manager(path: epath.Path, keep: int, keep_every: int, keep_best: int) -> _Manager:

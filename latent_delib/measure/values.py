@@ -87,7 +87,8 @@ def _jitted(
     terms: tuple[tuple[str, Score], ...],
 ) -> Steps:
     def score(aug: Augmentation, *arguments: Any) -> dict[str, jax.Array]:
-        aug, *arguments = at_temperature(temperature, aug, *arguments)
+        if temperature != 1:
+            aug, *arguments = at_temperature(temperature, aug, *arguments)
         return {name: term(aug, *arguments) for name, term in terms}
 
     whole = mesh_lib.replicated(mesh)
@@ -101,12 +102,13 @@ def at_temperature(
 ) -> tuple[Augmentation, Params, jax.Array, jax.Array]:
     """Returns the arguments of a `Score` changed so that the logits are divided by a temperature.
 
-    They are cap * tanh(x . table / cap), so the outputs x and the softcap are divided by it.
+    They are cap * tanh(x . table / cap), so the outputs x and the softcap are divided by it. In
+    bfloat16 a temperature near 1 would be rounded to 1, so x becomes float32.
     """
     config = aug.decoder.config
     scaled = dataclasses.replace(config, final_softcap=config.final_softcap / temperature)
     aug = dataclasses.replace(aug, decoder=aug.decoder.clone(config=scaled))
-    return aug, params, x / jnp.asarray(temperature, x.dtype), targets
+    return aug, params, x.astype(jnp.float32) / temperature, targets
 
 
 def sides_of(frozen: Params, trainable: Params) -> Sides:

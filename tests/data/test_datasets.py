@@ -275,6 +275,25 @@ def test_a_hub_that_does_not_answer(cached, monkeypatch):
 # prepare, and seqio.
 
 
+def test_finished_token_files_do_not_ask_the_hub_again(tmp_path, tokenizer_path, monkeypatch):
+    """A training ends when the dataset gets a commit, or the Hub is out of reach."""
+    write_dataset(tmp_path / "notes")
+    local = reader.open_source(f"hf:{tmp_path}/notes:train:text")
+    asked = []
+    monkeypatch.setattr(reader, "open_source", lambda source: asked.append(source) or local)
+    source = "hf:me/notes:train:text"
+    config = config_to_prepare(
+        config_data((source,), validation=(source,), seq_len=32), tokenizer_path
+    )
+    first = prepare(config, str(tmp_path / "out"))
+    assert asked and first["train"][0]["documents"] > 0
+    asked.clear()
+    assert prepare(config, str(tmp_path / "out")) == first and not asked
+    config.data.sources = ("hf:me/others:train:text",)
+    with pytest.raises(UserError, match="train is .*me/notes.* there and .*me/others.* here"):
+        prepare(config, str(tmp_path / "out"))
+
+
 def test_prepare_writes_the_same_each_time(tmp_path, tokenizer_path):
     write_dataset(tmp_path / "notes")
     train, test = ((f"hf:{tmp_path}/notes:{split}:text",) for split in ("train", "test"))

@@ -114,7 +114,7 @@ def test_a_teacher_needs_steps_to_read(make_config, sources, tmp_path):
     config = make_config(distilled | {"data.token_files": ""})
     with pytest.raises(UserError, match=r"no .* steps in .* config.data.sources"):
         own_text.use_text(config, sources["train"], with_steps[0])
-        own_text.make_tokens(config, str(tmp_path / "workdir"))
+        train.check(config, str(tmp_path / "workdir"))
     assert not (tmp_path / "workdir").exists()
 
 

@@ -541,6 +541,14 @@ def test_a_folder_that_the_processes_do_not_share(saved, monkeypatch):
         Checkpoints(str(saved))
 
 
+@pytest.mark.parametrize("name", ["rate[1e-3]", "[!x]/run", "a\\b"])
+def test_a_path_that_orbax_takes_for_a_pattern_is_refused(tmp_path, name):
+    """It would store no array, and say nothing."""
+    with pytest.raises(UserError, match=r"/checkpoints: a checkpoint's path cannot hold [\[\\]"):
+        Checkpoints(str(tmp_path / name))
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_folder_that_cannot_be_written(saved, tmp_path):
     """Not by permissions, which root does not feel: a file lies where the folder should."""
     (tmp_path / "other").mkdir()

@@ -93,6 +93,16 @@ def test_equals_the_reference(name):
                 np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
 
 
+def test_types_of_64_bits_change_nothing():
+    """A notebook that enables them fails, or gets other numbers."""
+    operands, bounds, dout = inputs(SHAPES["text after a prefix"])
+    wanted = gradients("xla", operands, bounds, dout, (0, 1, 2), 2.0)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.int64), bounds)
+        found = gradients("xla", operands, wide, dout, (0, 1, 2), 2.0)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), found, wanted)
+
+
 @pytest.mark.parametrize(
     "form, name, first",
     [

@@ -239,6 +239,12 @@ def of_method(fields, **changes):
         ("coprocessor.json", lambda c: c | {"architecture": {}}, "is missing"),
         (
             "coprocessor.json",
+            lambda c: c | {"record": {"step": 4}},
+            r"coprocessor.json: record is damaged \(KeyError: 'data'\)",
+        ),
+        ("coprocessor.json", lambda c: of_method(c, placement=[]), "record is damaged"),
+        (
+            "coprocessor.json",
             lambda c: of_method(c, name="x"),
             r"method.name='x', expected one of \['assistant'",
         ),

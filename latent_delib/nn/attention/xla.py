@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 
 from latent_delib.nn.attention.layout import pad_axis
 from latent_delib.nn.attention.primitive import Bounds, Keys, Options, delta_of, own_in_range
@@ -391,7 +390,7 @@ def _range(shared: Keys, start: jax.Array, stop: jax.Array) -> tuple[jax.Array, 
     some = start < stop
     first = jnp.min(jnp.where(some, start, T)) // KEYS
     last = jnp.minimum(jnp.max(jnp.where(some, stop, 0)), T)
-    return first, pl.cdiv(last, KEYS)
+    return first.astype(jnp.int32), (-(-last // KEYS)).astype(jnp.int32)  # also with jax_enable_x64
 
 
 def _add(total: jax.Array, part: jax.Array, at: jax.Array) -> jax.Array:
