@@ -26,6 +26,7 @@ def wait_for(workdir, step):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_the_run(make_config, tmp_path):
     """The rate of the first step is 0; the weights of the second are beyond float32."""
     config = make_config(

@@ -701,6 +701,7 @@ def test_a_rhythm_of_its_own(call, monkeypatch):
     assert "delay=4: expected less than every=4" in call("chain_sum", delay=4)
 
 
+@pytest.mark.slow
 def test_a_quick_look_gives_way_to_more_documents(call):
     call("chain_sum", "zero_shot_cot", limit=1)
     found, measured = call("chain_sum", "zero_shot_cot", limit=2, attention="reference")
@@ -709,6 +710,7 @@ def test_a_quick_look_gives_way_to_more_documents(call):
     assert row["shots"] == 0 and row["cot"] == TABLE["COT"]
 
 
+@pytest.mark.slow
 def test_samples_are_what_the_model_says(call, trained_lm, tmp_path):
     call("syllogism", "decoder,augmented")
     shown = [

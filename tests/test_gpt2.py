@@ -61,6 +61,7 @@ def test_every_mesh_trains_alike(config_of, workdir, tmp_path):
     assert min(moved.values()) > 1e-4, moved
 
 
+@pytest.mark.slow
 def test_decoding_and_scoring_are_the_naive_readings(gpt2_folder, workdir):
     decoder = ld.load_decoder(str(gpt2_folder))
     coprocessor = ld.load_coprocessor(str(workdir))

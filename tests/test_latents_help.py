@@ -141,6 +141,7 @@ def far():
     return training, not_among(documents(rng, 500, FAR), training)
 
 
+@pytest.mark.slow
 def test_the_decoder_answers_from_near_by_and_sees_nothing_far(decoder, far):
     _, fresh = far
     near = documents(np.random.default_rng(SEED + 2), len(fresh), NEAR)

@@ -83,6 +83,7 @@ def test_it_is_exported_without_its_evaluation(expected):
     assert "perplexity" not in Path("exported/README.md").read_text()
 
 
+@pytest.mark.slow
 def test_it_resumes(expected):
     train.train(make_config(), "workdir")
     losses = [row["loss"] for row in workdirs.rows_of("workdir")]

@@ -247,6 +247,7 @@ def test_a_signal_saves_and_the_run_resumes(
     workdirs.assert_same(tmp_path, trained)
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_checkpoint(trained, config_file, make_config, tmp_path):
     """Every file is limited to 4 KiB from step 4 on, so its checkpoint cannot be written."""
     workdir = tmp_path / "workdir"
@@ -471,6 +472,7 @@ def test_three_steps_are_traced(make_config, tmp_path):
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
+@pytest.mark.slow
 def test_a_trace_of_a_job_that_is_stopped(make_config, tmp_path, signal_before_step_3):
     with signal_before_step_3(signal.SIGTERM):
         assert train.train(make_config({"train.profile_at": 1}), str(tmp_path)) == 75

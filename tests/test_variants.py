@@ -316,7 +316,8 @@ def test_adapters_are_written_into_the_decoder_they_adapt(make_config, decoder_f
     np.testing.assert_array_equal(found["embedding"], original["embedding"])
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 2])
 def test_a_coprocessor_to_start_from(make_config, trained, decoder_folder, tmp_path, rank):
     """In whole or under adapters: its own first loss, resumed bit for bit, loaded as evaluated."""
     begun = ld.load_coprocessor(str(trained))

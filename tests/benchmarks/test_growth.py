@@ -60,6 +60,7 @@ def test_an_axis_rises(values, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_point_is_a_step_of_its_own_shapes():
     """Memory holds the temporaries, and the state, the frozen decoder and the batch once each."""
     a = common.arguments("", TOY, (), growth.PRESET, growth.PRESET)

@@ -35,6 +35,7 @@ def row(**sides):
     return peers.Row("some work", "calls/s", "calls", sides)
 
 
+@pytest.mark.slow
 def test_sides_take_turns(tmp_path, monkeypatch, capsys):
     sides = {
         "ours": partial(side, figures=[1.0, 2.0]),

@@ -196,6 +196,7 @@ def test_batch_is_a_function_of_seed_and_step(tokenizer, mixture):
         np.testing.assert_array_equal(batch["segment"], rows.segments(batch["tokens"], BOS, PAD))
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_ends(tokenizer, tmp_path):
     """Even with a thread of TensorFlow that has more text to read."""
     write_files(tmp_path / "a", files=2, documents_each=5)

@@ -147,7 +147,7 @@ def test_a_teacher_that_sees_the_text_which_latents_replace():
     np.testing.assert_allclose(total, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("placement", ["after", "overlay"])
+@pytest.mark.parametrize("placement", ["after", pytest.param("overlay", marks=pytest.mark.slow)])
 def test_visibility_by_gradients(placement):
     """Exactly zero from what a trace must not see, not zero from each thing it sees."""
     aug, params = setup(small.GEMMA, placement)

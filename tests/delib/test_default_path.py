@@ -95,14 +95,8 @@ def test_latents_that_are_kept_in_part_have_the_same_gradient():
     jax.tree.map(close, found["full"], found["attention"])
 
 
-@pytest.mark.parametrize(
-    "remat",
-    [
-        "attention",
-        pytest.param("dots", marks=pytest.mark.slow),
-        pytest.param("full", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["attention", "dots", "full"])
 def test_remat_changes_no_gradient(gradient_without_remat, remat):
     expected = gradient_without_remat
     loss = partial(loss_of_coprocessor, augmentation(remat))

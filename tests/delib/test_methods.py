@@ -240,6 +240,7 @@ def test_a_cartridge_starts_with_keys_and_values_of_tokens():
         np.testing.assert_allclose(found, expected[:, 0, 0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_single_latent_of_feedback_is_its_soft_token():
     tree = METHODS["feedback"].init(jax.random.key(0), DECODER, models("feedback"), 1)
     params = augment.assemble({"decoder": DECODER}, tree)
@@ -259,9 +260,9 @@ def through_identity(config, tree):
 @pytest.mark.parametrize(
     "family, num_layers",
     [
-        ("gemma", 4),
-        ("llama", 2),
         ("llama", 6),
+        pytest.param("gemma", 4, marks=pytest.mark.slow),
+        pytest.param("llama", 2, marks=pytest.mark.slow),
         pytest.param("gemma", 2, marks=pytest.mark.slow),
         pytest.param("gpt2", 2, marks=pytest.mark.slow),
     ],
@@ -303,6 +304,7 @@ def test_a_coprocessor_of_an_assistant_starts_as_that_and_keeps_the_size_of_its_
     assert 0.9 < np.std(x @ tree["latents_out"]) < 1.1
 
 
+@pytest.mark.slow
 def test_maps_do_not_depend_on_the_position():
     """Text and latents moved on together: the latents stay."""
     tree, text = begin("resized"), text_of(0)

@@ -104,6 +104,7 @@ def test_what_a_step_moves(make_config, mesh, parts):
     assert estimate.received(exp) == gathers + received["reduce-scatter"] + sums
 
 
+@pytest.mark.slow
 def test_the_sums_of_a_trained_table_do_not_grow_with_the_chunks(make_config):
     """A device adds up its own gradient over all chunks of the loss before it sends any of it."""
 

@@ -42,6 +42,7 @@ def validated(make_config, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_training_does_not_feel_it(trained, validated):
     """Bit for bit; the plain decoder's figure is one number."""
     workdirs.assert_same(validated, trained)

@@ -64,7 +64,10 @@ def test_latents_again_every_few_tokens(lms, name, every, delay):
     assert texts != lm.generate(PROMPTS[:3], NEW, delay=delay)
 
 
-@pytest.mark.parametrize("name, every, delay", [("after", 0, 0), ("overlay", 5, 2)])
+@pytest.mark.parametrize(
+    "name, every, delay",
+    [("after", 0, 0), pytest.param("overlay", 5, 2, marks=pytest.mark.slow)],
+)
 def test_latents_in_place_of_text(decoder, lms, name, every, delay):
     """Once latents have joined, the decoder sees two tokens before them, whatever the length."""
     short = small.with_method(lms[name].coprocessor, visible_text=2)
@@ -84,6 +87,7 @@ def test_latents_that_recur_while_decoding(recurring):
         assert likeliest[:-1].tolist() == new
 
 
+@pytest.mark.slow
 def test_a_head_of_its_own(decoder):
     """Tokens enter by the embeddings and leave by the head, wherever a decoder has both."""
     config = dataclasses.replace(decoder.config, untied_head=True)

@@ -76,6 +76,7 @@ def ends(changes, units):
     return 100 * np.expm1(np.quantile(changes, level, axis=0))
 
 
+@pytest.mark.slow
 def test_intervals_hold_as_often_as_they_say():
     """In 95 % of cases, though few works are read, of unlike numbers of documents."""
     works = 8

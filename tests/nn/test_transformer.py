@@ -241,6 +241,7 @@ def test_config_fills_in_what_is_left_out():
     assert config.is_local == (True, True, False, True, True, False)
 
 
+@pytest.mark.slow
 def test_a_head_of_its_own_leaves_the_other_leaves_as_they_were_drawn():
     """Random decoders of old runs stay what they are."""
     tied = small.GEMMA

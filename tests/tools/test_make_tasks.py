@@ -125,7 +125,7 @@ def test_no_question_is_taught(folder):
         assert len(set(asked)) == len(asked), name
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("split", [pytest.param("train", marks=pytest.mark.slow), "test"])
 def test_arithmetic(folder, split):
     for name in ("chain_sum", "basic_arithmetic"):
         for row in rows(folder, name, split):

@@ -192,6 +192,7 @@ def test_trained_vectors_are_stored_without_layers(make_config, tmp_path, method
     )
 
 
+@pytest.mark.slow
 def test_a_decoder_with_a_head_and_biases_is_trained_by_adapters(hf, make_config, tmp_path):
     """Only the matrices of its layers change: no table, no bias. It is no coprocessor."""
     convert(str(hf("qwen2")), str(tmp_path / "qwen2"))
