@@ -2,17 +2,17 @@
 # Trains and evaluates experiments of configs/paper.py, and makes the report over all that are there. Run again, it goes on
 # where it stopped; finished experiments are skipped.
 #
-#   ./launch/paper.sh lab                           all of a protocol, seed 0; of lab, a night on two CPU cores
+#   ./launch/paper.sh lab                           all of a protocol, seed 0; of lab, 14 to 24 hours on two CPU cores
 #   ./launch/paper.sh lab/overlay lab/after@1       some; @1 is another seed
 #   ./launch/paper.sh lab/overlay -- --config.train.steps=20    more arguments for train and evaluate
 #   ./launch/paper.sh lab_58k/overlay lab_23k/overlay    the same proportions for smaller decoders, which are made first
 #   ./launch/paper.sh questions                     four rows on Countdown, in thirteen minutes on two idle CPU cores
 #   ./launch/paper.sh hops                          latents instead of written steps, four rows
-#   ./launch/paper.sh plus_minus                 a real decoder, SmolLM2-135M, two rows, on two CPU cores
+#   ./launch/paper.sh plus_minus                    a real decoder, SmolLM2-135M, two rows, on two CPU cores
 #   LATENT_DELIB_EXTRAS=cuda ./launch/gpu.sh ./launch/paper.sh b/overlay b/after      on a GPU: protocols lab_gpu and b
 #
 # configs/paper.py says what a protocol is. The workdir of a run is runs/paper/PROTOCOL/NAME@SEED. Below it are
-#   swap/               latents of another text: all experiments whose latents depend on the text, except inserted,
+#   swap/               latents of another document: all experiments whose latents depend on the text, except inserted,
 #                       whose keys contain a position
 #   evaluations/        every checkpoint: overlay, after and before with any number of latents, adapt_*
 #   longer/             the plain decoder reads as much more text as latents cost: overlay, after
