@@ -46,13 +46,14 @@ from latent_delib.job.metrics import Metrics
 from latent_delib.job.plan import Plan
 from latent_delib.job.record import Record
 from latent_delib.job.validation import Validation, read_held_out
-from latent_delib.machine import commands, distributed, files
+from latent_delib.machine import checkpoint, commands, distributed, files
 from latent_delib.machine.checkpoint import Checkpoints, Restored
 from latent_delib.machine.command_line import CONFIG, REQUIRED
 from latent_delib.machine.stopping import Stop, graceful_stop
 from latent_delib.machine.workdir import exclusive
 from latent_delib.measure.answers import Answers, read_questions
 from latent_delib.nn.transformer import Params
+from latent_delib.weights import hub
 
 PROFILE = Path(tempfile.gettempdir()) / f"latent_delib-profile-{os.getpid()}"
 SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
@@ -75,7 +76,7 @@ def main(flags: Any) -> None:
                 f"--text={flags.text}: with --distributed, run prepare first, and name its folder "
                 "in config.data.token_files"
             )
-        check(flags.config, flags.workdir)  # before all of the text is tokenized
+        planning.make(check(flags.config, flags.workdir))  # before all of the text is tokenized
         own_text.make_tokens(flags.config, flags.workdir)
     with distributed.job(flags):
         code = train(flags.config, flags.workdir, ctrl_c=True)
@@ -110,8 +111,13 @@ def train(config: ConfigDict, workdir: str, ctrl_c: bool = False) -> int:
 
 def check(config: ConfigDict, workdir: str) -> Experiment:
     """Returns the experiment of a config. Raises UserError for a mistake that needs no text."""
+    if jax.config.jax_enable_x64:
+        raise UserError("JAX_ENABLE_X64 is set: expected it unset, the optimizer is in float32")
+    if workdir == "packaged" or workdir.startswith(hub.PREFIX):
+        raise UserError(f"--workdir={workdir}: names a coprocessor to read; expected a folder")
     check_steps(config)
     exp = experiment.read(config)
+    checkpoint.check_path(workdir)
     planning.check_dtype(exp)
     export.check_free(exp, workdir)
     return exp

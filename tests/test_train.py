@@ -179,7 +179,12 @@ def test_a_text_of_your_own_is_prepared_trained_on_and_evaluated(config_file, tm
         ({"text": "none*"}, ["source 'files:none*'", "no file matches"]),
         ({"config.data.token_files": "tokens"}, ["--text", "config.data.token_files=tokens"]),
         ({"config.train.steps": 0}, ["config.train.steps=0"]),
-        ({"config.mesh.data": 3}, ["mesh", "3"]),  # before the text is read
+        # before the text is read
+        ({"config.mesh.data": 3}, ["mesh", "3"]),
+        ({"config.train.batch_size": 7}, ["config.train.batch_size=7"]),
+        ({"workdir": "runs[1]"}, ["runs[1]/checkpoints: a checkpoint's path cannot hold ["]),
+        ({"workdir": "packaged"}, ["--workdir=packaged: names a coprocessor to read"]),
+        ({"workdir": "hf:me/run"}, ["--workdir=hf:me/run: names a coprocessor to read"]),
         ({"distributed": True}, ["--text", "run prepare first"]),
     ],
 )
@@ -446,6 +451,12 @@ def test_a_trained_decoder_is_exported(
     train.train(make_config(settings | {"decoder.path": str(make_decoder(2))}), str(tmp_path))
     assert file.read_bytes() != first[0]
     assert not list(tmp_path.glob("*tmp*"))
+
+
+def test_types_of_64_bits_are_refused(make_config, tmp_path):
+    """The second step would fail: Adam's moments become float64 in the first."""
+    with jax.enable_x64(True), pytest.raises(UserError, match="JAX_ENABLE_X64 is set"):
+        train.train(make_config(), str(tmp_path))
 
 
 def test_a_decoder_that_is_trained_on_is_not_replaced(

@@ -71,7 +71,7 @@ class Checkpoints:
         self.handler = ocp.StandardCheckpointHandler()
         self.manager = None
         if not read_only:
-            _check_path(self.path)
+            check_path(workdir)
             with _disk_errors(self.path):
                 self._make_folder()
                 self.manager = _make_manager(self.path, keep, keep_every, keep_best)
@@ -342,8 +342,9 @@ class _Manager(ocp.CheckpointManager):
             return None
 
 
-def _check_path(path: epath.Path) -> None:
+def check_path(workdir: str) -> None:
     """Raises UserError for a path that Orbax would take for a pattern: it would lose all arrays."""
+    path = saved_steps.folder(workdir)
     found = next((sign for sign in "[]\\" if sign in str(path)), None)
     if found is not None:
         raise UserError(f"{path}: a checkpoint's path cannot hold {found}; name another workdir")
