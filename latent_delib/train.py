@@ -38,10 +38,11 @@ from latent_delib.data import batches
 from latent_delib.delib import augment
 from latent_delib.delib.step import TrainState
 from latent_delib.errors import INTERRUPTED, UserError
-from latent_delib.job import build, dry_run, experiment, export, own_text, parameters, search
+from latent_delib.job import build, dry_run, experiment, own_text, parameters, search
 from latent_delib.job import plan as planning
 from latent_delib.job.checks import check_steps
 from latent_delib.job.experiment import Experiment
+from latent_delib.job.export import check_free, export_decoder
 from latent_delib.job.metrics import Metrics
 from latent_delib.job.plan import Plan
 from latent_delib.job.record import Record
@@ -119,7 +120,7 @@ def check(config: ConfigDict, workdir: str) -> Experiment:
     exp = experiment.read(config)
     checkpoint.check_path(workdir)
     planning.check_dtype(exp)
-    export.check_free(exp, workdir)
+    check_free(exp, workdir)
     return exp
 
 
@@ -140,7 +141,7 @@ def run(exp: Experiment, workdir: str, stop: Stop) -> int:
     if start_step >= t.steps:
         # A job that was killed between its last checkpoint and its end has not written the decoder.
         if build.step_of_decoder(workdir) != start_step:
-            export.export_decoder(exp, workdir, start_step, restored.trainable)
+            export_decoder(exp, workdir, start_step, restored.trainable)
         say(f"done: step {start_step} of {workdir}")
         return 0
     rows = mesh_lib.local_rows(exp.mesh, t.batch_size)
@@ -197,7 +198,7 @@ def run(exp: Experiment, workdir: str, stop: Stop) -> int:
         by = SIGNALS.get(stop.signal, "a signal to another process")
         say(f"stopped by {by}; step {step} is saved, the same command resumes")
         return INTERRUPTED if stop.signal == signal.SIGINT else commands.STOPPED
-    export.export_decoder(exp, workdir, step, state.trainable, frozen.get("decoder"))
+    export_decoder(exp, workdir, step, state.trainable, frozen.get("decoder"))
     say(f"done: step {step} of {workdir}")
     return 0
 
