@@ -64,7 +64,7 @@ def get_config() -> ConfigDict:
     c.optimizer.name = "adamw"  # "adamw", "adafactor", "muon": OPTIMIZERS in delib/optimizer.py
     c.optimizer.learning_rate = 1e-3  # the peak
     c.optimizer.soft_token_learning_rate = 1e-3  # the peak for soft tokens, not for keys and values
-    c.optimizer.warmup_steps = 1000
+    c.optimizer.warmup_steps = 1000  # the first of them has rate 0
     c.optimizer.final_fraction = 0.1  # of the peak rate, at the last step
     c.optimizer.b1 = 0.9  # b1, b2, eps: AdamW's; b1 is Muon's momentum as well
     c.optimizer.b2 = 0.99

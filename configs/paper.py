@@ -301,6 +301,7 @@ EXPERIMENTS = {  # launch/paper.sh reads the names from these lines
     "lora": {"method.lora_rank": 64},
     "lora_128": {"method.lora_rank": 128},
     "static_tokens": {"method.name": "static_tokens"},
+    "static_tokens_x4": {"method.name": "static_tokens", "train.steps": lambda steps: steps * 4},
     "pause_tokens": {"method.name": "pause_tokens"},
     # Named as future work by the paper: latents one after another, and a coprocessor of another
     # depth than the decoder's. The latter begins with random weights: compare it with from_scratch.

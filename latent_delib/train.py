@@ -47,7 +47,7 @@ from latent_delib.job.metrics import Metrics
 from latent_delib.job.plan import Plan
 from latent_delib.job.record import Record
 from latent_delib.job.validation import Validation, read_held_out
-from latent_delib.machine import checkpoint, commands, distributed, files
+from latent_delib.machine import checkpoint, commands, distributed, files, saved_steps, seeds
 from latent_delib.machine.checkpoint import Checkpoints, Restored
 from latent_delib.machine.command_line import CONFIG, REQUIRED
 from latent_delib.machine.stopping import Stop, graceful_stop
@@ -121,6 +121,8 @@ def check(config: ConfigDict, workdir: str) -> Experiment:
     checkpoint.check_path(workdir)
     planning.check_dtype(exp)
     check_free(exp, workdir)
+    if exp.start and not saved_steps.is_begun(workdir):
+        parameters.checked_start(exp)
     return exp
 
 
@@ -278,7 +280,7 @@ def init_state(exp: Experiment, plan: Plan, frozen: Params) -> tuple[Params, Any
     shardings = planning.shardings_of(plan.state)
     init = parameters.init_trainable(exp.aug, exp.config.method.lora_rank)
     init = jax.jit(init, out_shardings=shardings.trainable)
-    trainable = init(jax.random.key(exp.config.seed), starting_decoder, start)
+    trainable = init(seeds.key(exp.config.seed), starting_decoder, start)
     init_optimizer = jax.jit(plan.optimizer.tx.init, out_shardings=shardings.opt_state)
     return trainable, init_optimizer(trainable)
 

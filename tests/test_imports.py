@@ -83,6 +83,11 @@ def test_heavy_packages_stay_in_their_room(packages, users):
     assert found == users
 
 
+def test_every_random_key_is_of_the_same_generator():
+    users = {name for name, source in sources().items() if "random.key(" in source}
+    assert users == {"machine/seeds"}
+
+
 def test_tensorflow_is_imported_only_when_text_needs_it():
     """At the top of a module the import would load TensorFlow into every process."""
     for name, source in sources().items():

@@ -185,6 +185,7 @@ def test_a_text_of_your_own_is_prepared_trained_on_and_evaluated(config_file, tm
         ({"workdir": "runs[1]"}, ["runs[1]/checkpoints: a checkpoint's path cannot hold ["]),
         ({"workdir": "packaged"}, ["--workdir=packaged: names a coprocessor to read"]),
         ({"workdir": "hf:me/run"}, ["--workdir=hf:me/run: names a coprocessor to read"]),
+        ({"config.method.start": "none/checkpoints/3"}, ["config.method.start=none/checkpoints/3"]),
         ({"distributed": True}, ["--text", "run prepare first"]),
     ],
 )

@@ -68,9 +68,10 @@ def make_optimizer(o: Any, steps: int) -> Optimizer:
     """Makes the optimizer of a job of `steps` steps.
 
     Gradients are clipped by global norm and scaled, then weight decay is added. The learning rate
-    warms up linearly to its peak, then follows a cosine to `final_fraction` of the peak at the last
-    step; a job that is shorter than the warm-up ends within it. Soft tokens have a peak rate of
-    their own. Soft tokens, norms and biases do not decay.
+    warms up linearly from 0, the rate of the first step, to its peak. Then it follows a cosine to
+    `final_fraction` of the peak at the last step. A job that is shorter than the warm-up ends
+    within it. Soft tokens have a peak rate of their own. Soft tokens, norms and biases do not
+    decay.
 
     Args:
       o: config.optimizer.

@@ -13,6 +13,7 @@ from latent_delib.delib import augment
 from latent_delib.delib import traces as traces_lib
 from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.coprocessor import Reading
+from latent_delib.machine import seeds
 from latent_delib.nn.transformer import Params
 
 # (aug, params, outputs [..., D], tokens [...] that the outputs predict) -> arrays [...].
@@ -148,7 +149,7 @@ def _with_traces(
     """Draws traces and delays for the text of a batch, by the seed and the batch's number."""
     o = objective
     tokens_BT, segment_BT = batch["tokens"], batch["segment"]
-    key = jax.random.fold_in(jax.random.key(o.seed), number)
+    key = jax.random.fold_in(seeds.key(o.seed), number)
     num_traces = min(o.num_traces, tokens_BT.shape[1] - 1)  # a plain decoder uses none
     at_BM = traces_lib.draw(key, tokens_BT, segment_BT, num_traces, o.prompt_end, o.steps_end)
     delay_BM = traces_lib.draw_delays(jax.random.fold_in(key, 1), at_BM, o.max_delay)

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from latent_delib import mesh as mesh_lib
 from latent_delib.errors import UserError, reason
-from latent_delib.job import estimate, experiment
+from latent_delib.job import estimate, experiment, parameters
 from latent_delib.job import plan as planning
 from latent_delib.job.experiment import Experiment
 from latent_delib.job.plan import Plan, gib
@@ -44,6 +44,8 @@ def dry_run(config: ConfigDict, workdir: str, topology: str = "") -> dict[str, A
         a program that does not fit.
     """
     exp = experiment.read(config, slice_of(topology) if topology else None)
+    if exp.start:
+        parameters.checked_start(exp)
     files.check_writable(workdir)
     plan = planning.make(exp)
     print(planning.summary(exp, plan), flush=True)

@@ -15,7 +15,7 @@ from latent_delib.errors import UserError
 from latent_delib.job import build
 from latent_delib.job.experiment import Experiment
 from latent_delib.job.record import Record
-from latent_delib.machine import checkpoint
+from latent_delib.machine import checkpoint, seeds
 from latent_delib.nn import transformer
 from latent_delib.nn.transformer import Params
 from latent_delib.weights import folder
@@ -54,7 +54,7 @@ def _decoder_shapes(aug: Augmentation) -> Params:
 def trainable_shapes(aug: Augmentation, rank: int = 0) -> Params:
     """Returns the shapes of a method's trainable tree, float32; `rank` as in `init_trainable`."""
     starting_decoder = augment.starting_decoder_of(_decoder_shapes(aug))
-    return jax.eval_shape(init_trainable(aug, rank), jax.random.key(0), starting_decoder)
+    return jax.eval_shape(init_trainable(aug, rank), seeds.key(0), starting_decoder)
 
 
 def trainable_on_mesh(exp: Experiment) -> Params:
@@ -103,7 +103,7 @@ def place_decoder(exp: Experiment, dtype: Any) -> Params:
     def draw(key: jax.Array) -> Params:
         return jax.tree.map(lambda x: x.astype(dtype), transformer.init(key, architecture))
 
-    return jax.jit(draw, out_shardings=shardings)(jax.random.key(exp.config.seed))
+    return jax.jit(draw, out_shardings=shardings)(seeds.key(exp.config.seed))
 
 
 def place_start(exp: Experiment, dtype: Any) -> Params:

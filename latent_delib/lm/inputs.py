@@ -14,7 +14,7 @@ from latent_delib.delib.methods import METHODS
 from latent_delib.errors import UserError
 from latent_delib.job.build import ATTENTION, DTYPES
 from latent_delib.lm.sampling import Sampler, options
-from latent_delib.machine import arguments
+from latent_delib.machine import arguments, seeds
 from latent_delib.nn.attention.forms import FORMS
 
 _END = "the decoder's table of learned positions ends there"
@@ -123,13 +123,13 @@ def random_keys(seed: int | Sequence[int], count: int) -> list[jax.Array]:
     They are made from a list of seeds, or from one seed and the place of each prompt.
     """
     if np.asarray(seed, object).ndim == 0:
-        base = jax.random.key(arguments.whole("seed", seed, 0, arguments.SEED))
+        base = seeds.key(arguments.whole("seed", seed, 0, arguments.SEED))
         return [jax.random.fold_in(base, i) for i in range(count)]
-    seeds = arguments.several("seed", seed)
-    if len(seeds) != count:
-        raise UserError(f"{count} prompts, but {len(seeds)} seeds")
-    seeds = [arguments.whole(f"seed[{i}]", one, 0, arguments.SEED) for i, one in enumerate(seeds)]
-    return [jax.random.fold_in(jax.random.key(one), 0) for one in seeds]
+    given = arguments.several("seed", seed)
+    if len(given) != count:
+        raise UserError(f"{count} prompts, but {len(given)} seeds")
+    checked = [arguments.whole(f"seed[{i}]", one, 0, arguments.SEED) for i, one in enumerate(given)]
+    return [jax.random.fold_in(seeds.key(one), 0) for one in checked]
 
 
 def token_ids(

@@ -26,7 +26,7 @@ from latent_delib.errors import UserError
 from latent_delib.job import build, parameters
 from latent_delib.job.record import SHORT, Record
 from latent_delib.lm import inputs
-from latent_delib.machine import arguments, checkpoint
+from latent_delib.machine import arguments, checkpoint, seeds
 from latent_delib.nn.layers import PARAM_AXES, Axes
 from latent_delib.nn.sizes import TransformerConfig
 from latent_delib.nn.transformer import Params, Transformer
@@ -307,7 +307,7 @@ def init_coprocessor(
     seed = arguments.whole("seed", seed, 0, arguments.SEED)
     name = "cache_augmentation"
     model = Transformer(decoder.config)
-    key = jax.random.key(seed)
+    key = seeds.key(seed)
     tree = METHODS[name].init(key, decoder.params, Models(model, model), num_latents)
     method = {"name": name, "num_latents": num_latents, "placement": placement}
     record = Record({"method": method}, decoder.fingerprint)

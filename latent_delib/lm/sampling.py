@@ -53,7 +53,7 @@ class Sampler:
         rank_V = jnp.arange(sorted_BV.shape[-1])
         in_top_p_BV = before_BV < self.top_p
         in_top_k_V = (rank_V < self.top_k) | (self.top_k == 0)
-        among_BV = in_top_p_BV & in_top_k_V
+        among_BV = (in_top_p_BV & in_top_k_V) | (rank_V == 0)
         least_B1 = jnp.min(jnp.where(among_BV, sorted_BV, jnp.inf), axis=-1, keepdims=True)
         kept_BV = jnp.where(p_BV >= least_B1, scaled_BV, -jnp.inf)
         return jax.vmap(jax.random.categorical)(key_B, kept_BV).astype(jnp.int32)

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 from latent_delib.errors import UserError
+from latent_delib.machine import seeds
 from latent_delib.machine.contents import by_name
 from latent_delib.machine.files import read_json
 from latent_delib.nn import transformer
@@ -88,7 +89,7 @@ def _hash(config: bytes, model: Path, changed: int) -> str:
 @functools.cache
 def shapes(config: TransformerConfig) -> Params:
     """Returns the parameter tree of a decoder as jax.ShapeDtypeStruct, float32."""
-    return jax.eval_shape(lambda: transformer.init(jax.random.key(0), config))
+    return jax.eval_shape(lambda: transformer.init(seeds.key(0), config))
 
 
 def open_tensors(folder: Path, config: TransformerConfig) -> TensorFile:

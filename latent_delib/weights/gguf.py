@@ -220,7 +220,7 @@ def open_source(path: Path) -> Source:
     """Opens a GGUF file as a source."""
     file = GGUF(path)
     parts = file.metadata.get("split.count", 1)
-    if parts != 1:
+    if parts not in (0, 1):
         raise UserError(f"{path}: is one of {parts} files; join them by `llama-gguf-split --merge`")
     config = architecture(file)
     shapes = {name: info.shape for name, info in file.tensors.items() if name != ROPE_FREQS}

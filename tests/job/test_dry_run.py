@@ -79,6 +79,11 @@ def test_data_that_no_job_would_take_are_refused(make_config, tmp_path):
         dry_run.dry_run(make_config({"data.max_bad_records": -1}), str(tmp_path))
 
 
+def test_a_start_that_is_missing_is_refused(make_config, tmp_path):
+    with pytest.raises(UserError, match="config.method.start=none/checkpoints/3: "):
+        dry_run.dry_run(make_config({"method.start": "none/checkpoints/3"}), str(tmp_path))
+
+
 @pytest.mark.parametrize(
     "said",
     [

@@ -24,6 +24,12 @@ def test_a_seed_decides_the_tokens(lms):
     assert drawn != lm.generate(PROMPTS, NEW)
 
 
+def test_a_seed_does_not_depend_on_the_generator_that_jax_would_take(lms):
+    drawn = draw(lms["after"], every=4)
+    with jax.default_prng_impl("rbg"):
+        assert draw(lms["after"], every=4) == drawn
+
+
 def test_top_k_above_the_vocabulary_leaves_out_nothing(lms):
     assert draw(lms["decoder"], top_k=2**40) == draw(lms["decoder"])
 
@@ -40,7 +46,8 @@ def test_prompts_may_be_an_iterator(lms):
 
 
 @pytest.mark.parametrize(
-    "options", [{"top_p": 1e-6}, {"temperature": 1e-4}, {"temperature": 2.0, "top_k": 1}]
+    "options",
+    [{"top_p": 1e-6}, {"top_p": 1e-50}, {"temperature": 1e-4}, {"temperature": 2.0, "top_k": 1}],
 )
 def test_options_that_leave_the_likeliest_token(lms, options):
     assert draw(lms["decoder"], **options) == lms["decoder"].generate(PROMPTS, NEW)

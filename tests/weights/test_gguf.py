@@ -167,6 +167,11 @@ def test_gemma_2_without_the_keys_that_came_later(tokenizer_path, tmp_path):
     assert (found.window, found.attn_softcap, found.final_softcap) == (4096, 50.0, 30.0)
 
 
+def test_a_file_that_says_it_is_of_no_parts(tokenizer_path, tmp_path):
+    file = write(tmp_path / "model.gguf", "gemma2", tokenizer_path, changed={"split.count": 0})
+    assert ours.open_source(file).architecture.num_layers > 0
+
+
 def test_unknown_scaling_is_refused(tokenizer_path, tmp_path):
     """rope_freqs.weight alone does not say the numbers it was made from."""
     file = write(tmp_path / "model.gguf", "llama", tokenizer_path)
