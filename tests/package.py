@@ -1,6 +1,7 @@
 """The sources of the package, and the modules that each imports."""
 
 import ast
+import functools
 from pathlib import Path
 
 import latent_delib
@@ -8,6 +9,7 @@ import latent_delib
 PACKAGE = Path(latent_delib.__file__).parent
 
 
+@functools.cache
 def imports(source: str, name: str) -> set[str]:
     """Dotted names of all that a module imports, anywhere; `from a import b` counts as a.b."""
     found = set()
@@ -20,6 +22,7 @@ def imports(source: str, name: str) -> set[str]:
     return found
 
 
+@functools.cache
 def sources(below: str = "") -> dict[str, str]:
     """Path in the package, without suffix -> source."""
     return {

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 import small
+from lm_eval import tasks as lm_eval_tasks
 from lm_eval.api.instance import Instance
 from scipy import optimize
 
@@ -382,15 +383,29 @@ def made_up(monkeypatch):
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
 
 
+FAST = {"gsm8k": "gsm8k", "arc_easy": "arc", "agieval": "agieval", "humaneval": "humaneval"}
+
+
 def rows_of_the_paper():
     """All published rows, of which all but one of each kind are slow."""
-    fast = ("gsm8k", "arc_easy", "agieval", "humaneval")
     return [
-        pytest.param(name, marks=() if name in fast else pytest.mark.slow)
+        pytest.param(name, marks=() if name in FAST else pytest.mark.slow)
         for name in TABLE["PUBLISHED"]
     ]
 
 
+@pytest.fixture
+def public_tasks(request, monkeypatch):
+    """Shortens the harness's list of tasks, unless a test is slow: all of it takes 16 s."""
+    if request.node.get_closest_marker("slow"):
+        return
+    harness_folder = Path(lm_eval_tasks.__file__).parent
+    folders = [str(harness_folder / name) for name in FAST.values()]
+    few = lm_eval_tasks.TaskManager(include_path=folders, include_defaults=False)
+    monkeypatch.setattr(harness_tasks, "_public_tasks", lambda: few)
+
+
+@pytest.mark.usefixtures("public_tasks")
 @pytest.mark.parametrize("name", rows_of_the_paper())
 def test_published_row(says, made_up, name):
     row = TABLE["PUBLISHED"][name]
@@ -910,6 +925,7 @@ def test_bad_flags_write_nothing(call, decoder_folder, trained, tmp_path, name):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("public_tasks")
 def test_a_task_that_the_harness_does_not_have():
     with pytest.raises(ld.UserError, match="arc_hard"):
         harness_tasks.load_public_task("arc_hard")
@@ -923,6 +939,7 @@ def test_a_metric_that_a_task_does_not_have():
             scores.summarize_scores([{"ppl": value, "metrics": ["ppl"]}], "ppl", "arc")
 
 
+@pytest.mark.usefixtures("public_tasks")
 def test_without_the_network(monkeypatch):
     def load_dataset(*_, **__):
         raise ConnectionError("Couldn't reach\n'allenai/ai2_arc' on the Hub")

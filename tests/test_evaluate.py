@@ -269,7 +269,9 @@ def overlay(decoder_folder, pieces):
     return lm.params, naive_rows(lm, pieces)
 
 
-@pytest.mark.parametrize("name", SPLITS)
+@pytest.mark.parametrize(
+    "name", ["widths, traces and heads", pytest.param("one device", marks=pytest.mark.slow)]
+)
 def test_independent_of_batches_and_devices(make_config, overlay, name):
     batch_size, positions, shape = SPLITS[name]
     changes = {"method.placement": "overlay", "method.num_latents": 3}

@@ -144,7 +144,7 @@ def test_batch_is_a_function_of_seed_and_step(prepared):
     assert not equal(prepared.batches(20, seed=1), straight[:20])
 
 
-@pytest.mark.parametrize("hosts", [1, 2, 4])
+@pytest.mark.parametrize("hosts", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 def test_hosts_share_one_batch(prepared, hosts):
     """Each host reads exactly its rows, whether they lie together or apart, from any step on."""
     whole = prepared.batches(150, start_step=3)

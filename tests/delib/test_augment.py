@@ -21,7 +21,6 @@ from latent_delib.delib import traces as traces_lib
 from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.methods import METHODS
 from latent_delib.delib.step import Objective, TrainState, train_step
-from latent_delib.delib.traces import PLACEMENTS
 from latent_delib.nn import transformer
 from latent_delib.nn.transformer import Transformer
 
@@ -68,9 +67,12 @@ def loss(aug, params, tokens_BT, segment_BT, at_BM):
 @pytest.mark.parametrize(
     "family, placement",
     [
-        *(("gemma", placement) for placement in PLACEMENTS),
+        ("gemma", "after"),
+        ("gemma", "overlay"),
+        pytest.param("gemma", "before", marks=pytest.mark.slow),
+        pytest.param("gemma", "shared", marks=pytest.mark.slow),
         ("gpt2", "after"),
-        ("llama", "after"),
+        pytest.param("llama", "after", marks=pytest.mark.slow),
         pytest.param("gpt2", "before", marks=pytest.mark.slow),
         pytest.param("gpt2", "overlay", marks=pytest.mark.slow),
         pytest.param("llama", "before", marks=pytest.mark.slow),
@@ -102,7 +104,10 @@ def test_latents_of_an_earlier_call(placement):
         np.testing.assert_allclose(nll[b, m, : len(expected)], expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("placement, visible", [("after", 3), ("overlay", 3), ("overlay", 1)])
+@pytest.mark.parametrize(
+    "placement, visible",
+    [("after", 3), pytest.param("overlay", 3, marks=pytest.mark.slow), ("overlay", 1)],
+)
 def test_latents_in_place_of_text(placement, visible):
     """The decoder does not see the text before the last tokens; the coprocessor does."""
     config = small.GEMMA

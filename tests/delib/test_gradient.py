@@ -27,7 +27,6 @@ STEP = 1e-4  # of the finite differences: their own error is of its square; lowe
 CASES = [  # between gemma, llama and gpt2 every feature of the architecture
     ("cache_augmentation", "gemma", "after"),
     ("cache_augmentation", "gpt2", "after"),
-    ("pause_tokens", "gemma", "overlay"),
     ("static_tokens", "llama", "after"),
     ("latent_tokens", "gemma", "shared"),
     ("cartridge", "gemma", "overlay"),
@@ -35,6 +34,7 @@ CASES = [  # between gemma, llama and gpt2 every feature of the architecture
     ("decoder", "gemma", "after"),  # ordinary language modelling: placement means nothing
 ]
 FURTHER = [
+    ("pause_tokens", "gemma", "overlay"),
     ("last_layer", "gemma", "after"),
     ("joint", "gemma", "after"),
     ("unified", "llama", "overlay"),

@@ -11,19 +11,18 @@ import small
 from naive_decoding import chosen_logprobs, naive_generate, naive_logits, recurring_logits
 
 import latent_delib as ld
-from latent_delib.delib.traces import PLACEMENTS
 from latent_delib.lm import compiled
 from tests.prompts import NEW, PROMPTS, Ids, ids_of
 
 
-@pytest.mark.parametrize("name", ["decoder", *PLACEMENTS])
+@pytest.mark.parametrize("name", ["decoder", *small.TWO_AND_SLOW])
 def test_greedy_equals_a_loop_without_a_cache(lms, name):
     found = lms[name].generate(PROMPTS, NEW)
     assert found == naive_generate(lms[name], PROMPTS, NEW)
     assert len(set(sum(found, []))) > NEW  # a decoder that repeats itself would show nothing
 
 
-@pytest.mark.parametrize("name", ["decoder", "overlay"])
+@pytest.mark.parametrize("name", [pytest.param("decoder", marks=pytest.mark.slow), "overlay"])
 def test_bfloat16_stays_near_float64(lms, name):
     """Decoding and scoring, by the dense reading of the same weights, whose logits spread by 1."""
 

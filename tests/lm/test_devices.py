@@ -136,6 +136,7 @@ def test_latents_join_when_they_are_ready(lms, beside):
     assert [found.text] == lms["after"].generate(PROMPTS[:1], 32, delay=found.joined[0])
 
 
+@pytest.mark.slow
 def test_fewer_prompts_than_a_coprocessor_has_devices(beside):
     rows = mesh.make({"data": 4}, jax.devices()[1:5])
     split = ld.AugmentedLM(beside.decoder, beside.coprocessor, beside.mesh, rows)

@@ -34,6 +34,7 @@ from latent_delib import evaluate, train
 from latent_delib.errors import UserError
 from latent_delib.job import experiment, parameters
 from latent_delib.machine import distributed
+from tests.shared_steps import shared_steps
 
 def differ(config, kind, *folders):
     config.seed = jax.process_index()
@@ -52,7 +53,8 @@ with distributed.job(SimpleNamespace(distributed=True, start_timeout=300)):
     for kind, changes, *folders in eval(sys.argv[1]):
         config = base.get_config()
         config.update_from_flattened_dict(changes)
-        result = tasks[kind](config, *folders)
+        with shared_steps():
+            result = tasks[kind](config, *folders)
         print("RESULT", json.dumps(result), flush=True)
 """
 

@@ -32,7 +32,14 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("H, layout", LAYOUTS.values(), ids=LAYOUTS)
+SLOW = ("whole blocks", "head dim 256")
+CASES = [
+    pytest.param(*each, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
+    for name, each in LAYOUTS.items()
+]
+
+
+@pytest.mark.parametrize("H, layout", CASES)
 def test_equals_the_reference(H, layout):
     """The kernel is interpreted, where no GPU is."""
     found = chip_proof.compare("pallas_gpu", "float32", H, layout)

@@ -29,7 +29,12 @@ LAYOUTS = {
 }
 
 
-SLOW = ("three blocks of prefix", "two tokens, nothing else", "three heads a key head")
+SLOW = (
+    "three blocks of prefix",
+    "groups across blocks",
+    "two tokens, nothing else",
+    "three heads a key head",
+)
 CASES = [
     pytest.param(*each, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
     for name, each in LAYOUTS.items()

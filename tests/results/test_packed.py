@@ -85,6 +85,7 @@ def test_a_damaged_file_in_a_pack_is_named(packs, tmp_path):
             file.read()
 
 
+@pytest.mark.slow
 def test_the_stored_runs_open():
     """The runs that docs/results_text.md is about cannot be read."""
     found = runs.find([str(DOCS / "results" / "lab")])

@@ -50,6 +50,7 @@ def test_a_paragraph_that_is_trained_on_is_not_evaluated(folder):
     assert own("c").strip() in held
 
 
+@pytest.mark.slow
 def test_works_outside_train_do_not_change_it(folder, tmp_path):
     (tmp_path / "alone").mkdir()
     make_mixture.write_mixture(tmp_path / "alone", {"ours": CHOSEN["ours"]}, WORKS)
@@ -91,6 +92,7 @@ def test_the_prose_of_the_packaged_corpus_stays_as_it_is(folder):
         assert (folder / path).read_bytes() == packaged.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_work_of_which_nothing_is_left_is_named(tmp_path):
     works = WORKS | {"other": Work("3.0", "", [[own("c")]])}
     with pytest.raises(UserError, match=r"other 3\.0"):
