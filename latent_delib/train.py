@@ -38,7 +38,7 @@ from latent_delib.data import batches
 from latent_delib.delib import augment
 from latent_delib.delib.step import TrainState
 from latent_delib.errors import INTERRUPTED, UserError
-from latent_delib.job import build, dry_run, experiment, own_text, parameters, search
+from latent_delib.job import build, dry_run, experiment, own_text, parameters, search, wandb_run
 from latent_delib.job import plan as planning
 from latent_delib.job.checks import check_steps
 from latent_delib.job.experiment import Experiment
@@ -121,6 +121,8 @@ def check(config: ConfigDict, workdir: str) -> Experiment:
     checkpoint.check_path(workdir)
     planning.check_dtype(exp)
     check_free(exp, workdir)
+    if config.train.wandb:
+        wandb_run.library()
     if exp.start and not saved_steps.is_begun(workdir):
         parameters.checked_start(exp)
     return exp

@@ -11,6 +11,13 @@ from latent_delib.machine import files
 from latent_delib.machine.workdir import is_remote
 
 
+def library() -> Any:
+    """Returns the package wandb. Raises UserError if it is not installed."""
+    with extra("wandb"):
+        import wandb
+    return wandb
+
+
 class WandbRun:
     """Writes rows to the one W&B run of a workdir, which continues when the training resumes.
 
@@ -27,8 +34,7 @@ class WandbRun:
     """
 
     def __init__(self, project: str, workdir: str, config: Mapping[str, Any]):
-        with extra("wandb"):
-            import wandb
+        wandb = library()
         try:
             self.run = wandb.init(
                 project=project,

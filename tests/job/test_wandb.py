@@ -94,5 +94,5 @@ def test_what_is_missing_is_told_in_one_line(make_config, tmp_path, wandb, monke
     monkeypatch.setitem(sys.modules, "wandb", None)
     line = "wandb is not installed: install it with ./launch/setup.sh wandb"
     with pytest.raises(UserError, match=line):
-        train.train(make_config(WANDB), str(tmp_path))
+        train.check(make_config(WANDB), str(tmp_path))  # before any text is read
     assert "compiled in" not in capsys.readouterr().out
