@@ -25,7 +25,7 @@ from latent_delib.delib import augment
 from latent_delib.delib.methods import METHODS
 from latent_delib.errors import UserError
 from latent_delib.job import build
-from latent_delib.job.record import Record
+from latent_delib.job.record import OtherRun, Record
 from latent_delib.lm import load
 from latent_delib.machine import commands, files
 from latent_delib.machine.command_line import REQUIRED
@@ -225,8 +225,11 @@ def evaluation_of(workdir: str, record: Record) -> dict[str, Any] | None:
     found = json.loads(file.read_text()) if file.exists() else {}
     if found.get("step") != record.step or "interval_over" not in found:
         return None
-    is_other = record.differences(Record.from_result(found), "same_training")
-    return None if is_other else found
+    try:
+        record.require_evaluated(found, str(file))
+    except OtherRun:
+        return None
+    return found
 
 
 def describe(config: TransformerConfig, wanted: TransformerConfig | None, where: str) -> None:

@@ -160,6 +160,9 @@ def evaluate_many(
     folder = epath.Path(out) / "evaluations"
     on_first(evaluations.require_same, folder, job.exp.record)
     on_first(evaluations.require_own, folder, workdir)
+    done = on_first(lambda: list(evaluations.read_results(folder)))
+    if done and jax.process_index() == 0:
+        print(f"{folder} has the evaluations of steps {done}: they are not made again", flush=True)
     # All processes find the same damage. A disk error may be on one process alone: it ends the job.
     skipped = (UserError, OSError) if jax.process_count() == 1 else UserError
     failed = []
@@ -333,7 +336,9 @@ class Job:
         config["method"] = there["method"] | evaluated
         config["data"] = here["data"] | {"seq_len": there["data"]["seq_len"]}
         record = dataclasses.replace(record, config=config, step=found.step)
-        return record.as_result(exported.name_of(self.workdir, found.step))
+        training = Record.from_meta(found.meta, self.workdir).digest()
+        where = exported.name_of(self.workdir, found.step)
+        return record.as_result(where) | {"training": training}
 
 
 def write_evaluation(

@@ -13,6 +13,7 @@ import pytest
 import latent_delib as ld
 from latent_delib import evaluate
 from latent_delib.job import experiment
+from latent_delib.machine import saved_steps
 from latent_delib.measure import evaluations, perplexity
 from tests.fake_gcs import running
 from tests.processes import Job
@@ -229,6 +230,21 @@ def test_many_checkpoints(make_config, trained, alone, batches, tmp_path):
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG\r\n")
 
 
+def test_another_training_with_the_same_settings_is_refused(
+    make_config, trained, evaluated, monkeypatch
+):
+    """Other text gives other weights; the step's evaluation would pass for theirs."""
+    read = saved_steps.read_meta
+
+    def of_other_text(*where):
+        meta = read(*where)
+        return meta | {"data": meta["data"] | {"fingerprint": {"tokenizer": "another"}}}
+
+    monkeypatch.setattr(saved_steps, "read_meta", of_other_text)
+    with pytest.raises(ld.UserError, match="2/perplexity.json: is of another training; give anot"):
+        evaluate.evaluate_many(make_config(), str(trained), str(evaluated), [2])
+
+
 def test_only_missing_ones_are_made(make_config, trained, alone, evaluated, batches):
     folder = evaluated / "evaluations"
     written = (folder / "2" / "perplexity.json").stat().st_mtime_ns
@@ -378,7 +394,9 @@ def test_a_training_that_died_or_is_another(make_config, trained, evaluated, tmp
     shutil.rmtree(evaluated / "evaluations" / "4")
     shutil.copytree(trained / "checkpoints" / "2", begun / "checkpoints" / "2")
     evaluate.evaluate_many(make_config(), str(begun), str(evaluated), patience=0.0)
-    assert capsys.readouterr().out == "no new checkpoint for 0 s\n"
+    made, waited = capsys.readouterr().out.splitlines()
+    assert made.endswith("evaluations of steps [2]: they are not made again")
+    assert waited == "no new checkpoint for 0 s"
     with pytest.raises(ld.UserError, match="method.num_latents is 2"):
         evaluate.evaluate_many(
             make_config({"method.num_latents": 3}), str(trained), str(tmp_path), patience=3600.0

@@ -1,4 +1,4 @@
-"""The table of methods. A new variant is one row here and one short config.
+"""The table of methods. A new variant is one row here, a short config, and its lines in the tests.
 
 A row says how the trainable tree begins, which latents the method writes, and what the writing
 costs. Everything else is shared.
@@ -14,7 +14,7 @@ from latent_delib.delib.coprocessor import Latents, Models, Reading
 from latent_delib.delib.flops import Flops, Writing
 from latent_delib.delib.traces import Traces
 from latent_delib.nn.layers import PARAM_AXES, Axes
-from latent_delib.nn.transformer import Params
+from latent_delib.nn.transformer import BODY, Params
 
 
 class Method(NamedTuple):
@@ -65,10 +65,16 @@ class Method(NamedTuple):
 
         It has a "decoder" where the decoder is trained, and a "coprocessor" where there is one, as
         in the parameters of `delib.augment`.
+
+        Raises:
+          ValueError: a parameter of the method is a tree, not one array.
         """
         tree = {"decoder": decoder} if self.trains_decoder else {}
         if self.init_coprocessor is not None:
             tree["coprocessor"] = self.init_coprocessor(key, decoder, models, num_latents)
+        for name, leaf in tree.get("coprocessor", {}).items():
+            if isinstance(leaf, Mapping) and name not in BODY:
+                raise ValueError(f"parameter {name!r} of the coprocessor: expected one array")
         return tree
 
     @property

@@ -60,7 +60,8 @@ def _muon(o: Any) -> optax.GradientTransformation:
     )
 
 
-# How each optimizer scales gradients. Clipping, weight decay and rates are the same for all.
+# How each optimizer scales gradients, without a learning rate and without its sign. Clipping,
+# weight decay and rates are the same for all.
 OPTIMIZERS = {"adamw": _adamw, "adafactor": _adafactor, "muon": _muon}
 
 

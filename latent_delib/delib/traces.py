@@ -178,8 +178,8 @@ def draw(
     there_BT = jnp.take_along_axis(jnp.pad(segment_BT, beyond), first_BT, axis=1)
     has_ahead = (there_BT == segment_BT) & (segment_BT > 0)
     fits = (has_ahead & ends_with(tokens_BT, prompt_end))[:, :-1]
-    # The highest scores win. They are uniform, as published. To draw positions by content, take
-    # Gumbel noise plus the log-probability of each position: that draws without replacement.
+    # The highest scores win. They are uniform, as published. For another distribution take Gumbel
+    # noise plus the log-probability of each position: that draws without replacement.
     score = jnp.where(fits, jax.random.uniform(key, fits.shape), -jnp.inf)
     score, at = jax.lax.top_k(score, num_traces)
     last = segment_BT.shape[1] - 1

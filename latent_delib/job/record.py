@@ -6,6 +6,8 @@ models nor files. All code that asks whether two runs fit together calls `Record
 """
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -189,6 +191,10 @@ class Record:
         data = {"seed": self.config["seed"], "fingerprint": self.data}
         return vars(self) | {"format": FORMAT, "data": data}
 
+    def digest(self) -> str:
+        """Returns the SHA-256 of `meta`, hex. Trainings that differ in anything differ in it."""
+        return hashlib.sha256(json.dumps(self.meta(), sort_keys=True).encode()).hexdigest()
+
     def __getitem__(self, key: str) -> Any:
         """Returns the value of a dotted key: "decoder.fingerprint", or a key of the config.
 
@@ -232,6 +238,16 @@ class Record:
             there, here = _short(d.key, d.there), _short(d.key, d.here)
             lines.append(f"{d.key} is {there} there, {here} here")
         raise OtherRun(f"{where}: {'; '.join(lines)}; {REMEDY[purpose]}")
+
+    def require_evaluated(self, result: Plain, where: str) -> None:
+        """Raises OtherRun unless a perplexity.json, found at `where`, is of this checkpoint.
+
+        "training" is the checkpoint's `digest`; older results do not have it.
+        """
+        self.require(Record.from_result(result), "same_training", where)
+        digest = self.digest()
+        if result.get("training", digest) != digest:
+            raise OtherRun(f"{where}: is of another training; {REMEDY['same_training']}")
 
     def _keys(self, other: "Record", purpose: str) -> Iterator[str]:
         """Yields the keys of a purpose, one by one."""

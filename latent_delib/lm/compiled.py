@@ -198,7 +198,7 @@ def join(
     cache = cache_lib.append(seen, kv, traces.position[:, 0], count_B)
     output_VD = transformer.output_table(params["decoder"])
     state = state._replace(
-        position=traces.position[:, 0, -1] + 1,
+        position=state.length + PLACEMENTS[aug.placement].shift(aug.num_latents),
         logits=transformer.unembed(output_VD, out_BMAD[:, 0, -1], aug.decoder.config),
     )
     # Latents may share positions with text before them.

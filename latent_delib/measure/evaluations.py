@@ -71,8 +71,8 @@ def require_own(folder: epath.Path, workdir: str) -> None:
             meta = saved_steps.read_meta(workdir, step)
         except UserError:
             continue
-        file = str(file_of(folder, step))
-        Record.from_meta(meta, workdir).require(Record.from_result(result), "same_training", file)
+        there = Record.from_meta(meta, workdir)
+        there.require_evaluated(result, str(file_of(folder, step)))
 
 
 def steps_to_evaluate(

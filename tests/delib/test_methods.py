@@ -224,9 +224,37 @@ def test_a_coprocessor_reads_the_text(name):
     tree = begin(name)
     for one, other in zip(*(jax.tree.leaves(write(name, tree, text_of(seed))) for seed in (0, 1))):
         differ = np.abs(one - other)
-        if name == "inserted":  # the first layer's keys and values are the soft tokens'
+        if METHODS[name].writes_keys:  # the first layer's keys and values are the soft tokens'
             differ = differ[:, :, 1:]
         assert np.all(differ.max(axis=-1) > 1e-3)
+
+
+@pytest.mark.parametrize("name", WRITING)
+def test_latents_do_not_depend_on_text_after_their_place(name):
+    """A method is given the whole row; what follows the last trace may change no latent."""
+    tree, reading = begin(name), text_of(0)
+    follows = np.arange(T) > np.max(AT)
+
+    def changed(x, axis):
+        return jnp.where(follows.reshape([-1] + [1] * (x.ndim - axis - 1)), x + 3, x)
+
+    def changed_cache(cache):
+        return cache._replace(k=changed(cache.k, 2), v=changed(cache.v, 2))
+
+    other = Reading(
+        changed(reading.outputs, 1), changed_cache(reading.cache), changed_cache(reading.assistant)
+    )
+    found, wanted = (write(name, tree, each) for each in (other, reading))
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+def test_a_method_whose_parameter_is_a_tree_is_refused():
+    """Adapters, the export and the cost know layers and single arrays alone."""
+    method = Method(lambda *_: {"second": {"layers": {}}}, write=None)
+    with pytest.raises(
+        ValueError, match="parameter 'second' of the coprocessor: expected one array"
+    ):
+        method.init(jax.random.key(0), DECODER, models("joint"), L)
 
 
 def test_a_cartridge_starts_with_keys_and_values_of_tokens():

@@ -11,6 +11,7 @@ import small
 from naive_decoding import chosen_logprobs, naive_generate, naive_logits, recurring_logits
 
 import latent_delib as ld
+from latent_delib.delib.traces import PLACEMENTS, Placement
 from latent_delib.lm import compiled
 from tests.prompts import NEW, PROMPTS, Ids, ids_of
 
@@ -20,6 +21,16 @@ def test_greedy_equals_a_loop_without_a_cache(lms, name):
     found = lms[name].generate(PROMPTS, NEW)
     assert found == naive_generate(lms[name], PROMPTS, NEW)
     assert len(set(sum(found, []))) > NEW  # a decoder that repeats itself would show nothing
+
+
+def test_a_placement_may_end_before_the_text_goes_on(decoder, monkeypatch):
+    """Latents at the positions of the next token alone: generation follows what scoring says."""
+    at_the_next = Placement(lambda L: np.ones(L, int), shift=lambda L: L, reread=0)
+    monkeypatch.setitem(PLACEMENTS, "at the next", at_the_next)
+    start = ld.init_coprocessor(decoder, 3, "at the next")
+    lm = ld.AugmentedLM(decoder, start)
+    _, greedy = lm.logprobs(PROMPTS, lm.generate(PROMPTS, NEW))
+    assert greedy.all()
 
 
 @pytest.mark.parametrize("name", [pytest.param("decoder", marks=pytest.mark.slow), "overlay"])

@@ -83,8 +83,9 @@ def test_a_name_that_the_hub_does_not_allow():
 )
 def test_a_download_that_breaks_off(name, monkeypatch):
     import huggingface_hub
+    from huggingface_hub import errors
 
-    client = huggingface_hub.errors.HfHubHTTPError.__mro__[1].__module__.partition(".")[0]
+    client = errors.HfHubHTTPError.__mro__[1].__module__.partition(".")[0]
 
     def fail(*_, **options):
         raise getattr(sys.modules[client], name)("in the middle of it")
