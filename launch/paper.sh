@@ -202,7 +202,7 @@ for each in "${wanted[@]}"; do
   began=$SECONDS
   [[ -e $workdir/perplexity.json ]] || run latent_delib.train --config="$config" --workdir="$workdir" --config.seed="$seed" "${more[@]}"
   evaluate "$workdir"
-  if [[ ! $name =~ ^((static|pause|latent)_tokens|.*_static|cartridge|inserted|decoder.*|adapt_decoder)$ ]]; then
+  if [[ ! $name =~ ^((static|pause|latent)_tokens(_x4)?|.*_static|cartridge|inserted|decoder.*|adapt_decoder)$ ]]; then
     evaluate "$workdir/swap" --config.evaluate.swap
   fi
   if [[ $protocol =~ ^(problems|depth|questions|hops|plus_minus)$ ]]; then
