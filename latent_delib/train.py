@@ -122,7 +122,7 @@ def check(config: ConfigDict, workdir: str) -> Experiment:
     planning.check_dtype(exp)
     check_free(exp, workdir)
     if config.train.wandb:
-        wandb_run.library()
+        wandb_run.package()
     if exp.start and not saved_steps.is_begun(workdir):
         parameters.checked_start(exp)
     return exp

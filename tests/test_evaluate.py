@@ -98,7 +98,7 @@ def test_a_checkpoint(trained, evaluated, logprobs, documents, pieces, trained_l
         "text",
         "provenance",
     }
-    keys |= {"num_works", "interval_over", "draws", "start"}
+    keys |= {"num_works", "interval_over", "draws", "start", "training"}
     assert set(result) == keys and set(result["provenance"]) == {
         "command",
         "date",

@@ -11,7 +11,7 @@ from latent_delib.machine import files
 from latent_delib.machine.workdir import is_remote
 
 
-def library() -> Any:
+def package() -> Any:
     """Returns the package wandb. Raises UserError if it is not installed."""
     with extra("wandb"):
         import wandb
@@ -34,7 +34,7 @@ class WandbRun:
     """
 
     def __init__(self, project: str, workdir: str, config: Mapping[str, Any]):
-        wandb = library()
+        wandb = package()
         try:
             self.run = wandb.init(
                 project=project,
