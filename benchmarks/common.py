@@ -136,8 +136,8 @@ def weights(config: TransformerConfig, num_latents: int, dtype: str) -> Params:
     @jax.jit
     def start(key: jax.Array) -> Params:
         decoder = transformer.init(key, config)
-        models = augmentation(config, num_latents, "xla").models
-        trained = METHODS["cache_augmentation"].init(key, decoder, models, num_latents)
+        aug = augmentation(config, num_latents, "xla")
+        trained = METHODS["cache_augmentation"].init(key, decoder, aug)
         return jax.tree.map(lambda x: x.astype(dtype), {"decoder": decoder} | trained)
 
     return start(jax.random.key(0))

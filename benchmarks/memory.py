@@ -116,7 +116,7 @@ def compile_step(
     tx = make_optimizer(c.optimizer, c.train.steps).tx
 
     def start(key: jax.Array, decoder: Any) -> TrainState:
-        tree = method.init(key, decoder, aug.models, L)
+        tree = method.init(key, decoder, aug)
         tree = jax.tree.map(lambda x: x.astype(jnp.float32), tree)
         return TrainState(jnp.int32(0), tree, tx.init(tree))
 

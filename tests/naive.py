@@ -167,6 +167,11 @@ def causal(n):
     return np.tri(n, dtype=bool)
 
 
+# Placement -> by how much the text after L latents moves on, and whether x_p is read again.
+SHIFT = {"after": lambda L: L, "before": lambda L: L, "overlay": lambda L: 0, "shared": lambda L: 0}
+REREADS = {"after": False, "before": True, "overlay": True, "shared": True}
+
+
 def latent_position(p, L, placement):
     offset = {
         "after": np.arange(1, L + 1),
@@ -175,11 +180,6 @@ def latent_position(p, L, placement):
         "shared": np.zeros(L, int),
     }
     return np.maximum(p + offset[placement], 0)
-
-
-def moves(placement):
-    """Whether text after latents moves on by their number."""
-    return {"after": True, "before": True, "overlay": False, "shared": False}[placement]
 
 
 def written(config, decoder, coprocessor, text, q, placement, method="cache_augmentation", L=None):
@@ -236,8 +236,8 @@ def trace_nll(
     follows them do not see the first `hidden` tokens.
     """
     L = L or len(coprocessor["soft_tokens"])
-    kept = p + 1 if placement == "after" else p
-    shift = L if moves(placement) else 0
+    kept = p if REREADS[placement] else p + 1
+    shift = SHIFT[placement](L)
     text, q = embed(config, decoder, document[: p + num_ahead]), max(p - delay, 0)
     targets = document[p + 1 : p + 1 + num_ahead]
     if method == "inserted":
@@ -289,7 +289,7 @@ def inserted(config, decoder, coprocessor, text, p, placement):
     in it twice: as the coprocessor reads it, and after the latents.
     """
     L = len(coprocessor["soft_tokens"])
-    shift = L if moves(placement) else 0
+    shift = SHIFT[placement](L)
     parts = [
         (decoder, text[: p + 1]),
         (coprocessor, coprocessor["soft_tokens"]),

@@ -37,10 +37,9 @@ def naive_logits(lm, prompt, new, delay=0):
     coprocessor = lm.coprocessor
     L, placement = coprocessor.num_latents, coprocessor.placement
     z = naive.written(config, weights, coprocessor.params, x, len(prompt) - 1, placement)
-    kept = at + 1 if placement == "after" else at
+    kept = at if naive.REREADS[placement] else at + 1
     position = np.arange(len(tokens))
-    if naive.moves(placement):
-        position[kept:] += L
+    position[kept:] += naive.SHIFT[placement](L)
     position = np.insert(position, kept, naive.latent_position(at, L, placement))
     visible = naive.causal(len(position))
     if lm.aug.visible_text:

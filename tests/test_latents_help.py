@@ -159,7 +159,7 @@ def test_cache_augmentation_answers_what_decoder_and_static_tokens_cannot(decode
     losses = {}
     for method in ("cache_augmentation", "static_tokens"):
         aug = dataclasses.replace(AUGMENTATION, method=method)
-        start = METHODS[method].init(jax.random.key(SEED), decoder, aug.models, aug.num_latents)
+        start = METHODS[method].init(jax.random.key(SEED), decoder, aug)
         trained = train(aug, {"decoder": decoder}, start, training)
         assert set(trained) == {"coprocessor"}
         losses[method] = augmented(aug, decoder, trained, fresh)

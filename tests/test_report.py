@@ -106,7 +106,8 @@ def test_a_report_says_how_many_files_it_read(reported):
 
 def test_the_tables_have_the_figures_that_evaluate_wrote(reported, change):
     table = (reported / "out" / "1_perplexity.md").read_text()
-    assert "| 2 | cache augmentation, after, 3 ahead tokens, step 4, seed 0 | P1 | " in table
+    label = "cache augmentation, placement after, 3 ahead tokens, step 4, seed 0"
+    assert f"| 2 | {label} | P1 | " in table
     assert f" | {change:+.2f}%" in table
 
 

@@ -12,6 +12,7 @@ See Section 2.1 of the paper. `params` is one dict:
 import dataclasses
 import sys
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ import numpy as np
 from latent_delib.delib import coprocessor, lora
 from latent_delib.delib import loss as loss_lib
 from latent_delib.delib import traces as traces_lib
-from latent_delib.delib.coprocessor import Inserted, Latents, Models, Reading
+from latent_delib.delib.coprocessor import Inserted, Latents, Reading
 from latent_delib.delib.loss import ahead_weights, token_loss, tokens_at_a_time
 from latent_delib.delib.methods import METHODS
 from latent_delib.delib.traces import Traces
@@ -29,6 +30,16 @@ from latent_delib.nn import transformer
 from latent_delib.nn.cache import KV, Cache
 from latent_delib.nn.layers import PARAM_AXES
 from latent_delib.nn.transformer import Params, Transformer
+
+
+class Models(NamedTuple):
+    """Holds the decoder's architecture and the coprocessor's.
+
+    The two differ where the coprocessor has a size of its own, or the size of an assistant.
+    """
+
+    decoder: Transformer
+    coprocessor: Transformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,7 +226,7 @@ def write_latents(aug: Augmentation, params: Params, reading: Reading, traces: T
         return jnp.zeros((*traces.latent_position.shape, D), reading.cache.k.dtype)
     write = METHODS[aug.method].write
     assert write is not None, aug.method
-    return write(params, aug.models, reading, traces)
+    return write(aug, params, reading, traces)
 
 
 def decode(

@@ -2,6 +2,7 @@
 
 Coprocessors read the cache through soft tokens of their own. This module also writes latents
 without a coprocessor: trained vectors, or trained keys and values, which read nothing.
+The functions are those of a method's row (`delib.methods`), and get the settings as `aug`.
 
 Latents are vectors z [B, M, L, D], which enter the decoder where token embeddings do and are not
 scaled again; or they are keys and values for each decoder layer (`Inserted`). In every `write_...`
@@ -12,8 +13,10 @@ length 0 still has one. To weaken latents to nothing, scale values (`Inserted`) 
 scores.
 """
 
+from __future__ import annotations
+
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,22 +29,15 @@ from latent_delib.nn.cache import KV, Cache
 from latent_delib.nn.sizes import TransformerConfig
 from latent_delib.nn.transformer import Params, Transformer
 
+if TYPE_CHECKING:
+    from latent_delib.delib.augment import Augmentation
+
 # Logical axes of a coprocessor's soft tokens, and of the keys and values of `init_cartridge`.
 AXES = {"soft_tokens": (None, "embed")}
 CARTRIDGE_AXES = {
     "keys": ("layers", None, "heads", None),
     "values": ("layers", None, "heads", None),
 }
-
-
-class Models(NamedTuple):
-    """Holds the decoder's architecture and the coprocessor's.
-
-    The two differ where the coprocessor has a size of its own, or the size of an assistant.
-    """
-
-    decoder: Transformer
-    coprocessor: Transformer
 
 
 class Reading(NamedTuple):
@@ -68,7 +64,7 @@ class Inserted(NamedTuple):
 Latents = jax.Array | Inserted
 
 
-# How the trees start: (key, decoder, models, num_latents) -> the coprocessor's tree.
+# How the trees start: (key, decoder, aug) -> the coprocessor's tree.
 
 
 def soft_tokens(key: jax.Array, embedding_VD: jax.Array, num_latents: int) -> jax.Array:
@@ -91,60 +87,48 @@ def body(decoder: Params) -> Params:
     return {name: decoder[name] for name in transformer.BODY if name in decoder}
 
 
-def init_from_decoder(key: jax.Array, decoder: Params, models: Models, num_latents: int) -> Params:
+def init_from_decoder(key: jax.Array, decoder: Params, aug: Augmentation) -> Params:
     """Starts from the decoder's own layers.
 
     The tree has no token table, because a coprocessor never reads a token.
     """
-    del models
     tree = jax.tree.map(lambda x: x.astype(jnp.float32), body(decoder))
-    return tree | {"soft_tokens": soft_tokens(key, decoder["embedding"], num_latents)}
+    return tree | init_soft_tokens(key, decoder, aug)
 
 
-def init_from_scratch(key: jax.Array, decoder: Params, models: Models, num_latents: int) -> Params:
+def init_from_scratch(key: jax.Array, decoder: Params, aug: Augmentation) -> Params:
     """Starts from random layers of the decoder's shape."""
     body_key, soft_key = jax.random.split(key)
-    tree = body(transformer.init(body_key, models.decoder.config))
-    return tree | {"soft_tokens": soft_tokens(soft_key, decoder["embedding"], num_latents)}
+    tree = body(transformer.init(body_key, aug.decoder.config))
+    return tree | init_soft_tokens(soft_key, decoder, aug)
 
 
-def init_soft_tokens(
-    key: jax.Array,
-    decoder: Params,
-    models: Models,
-    num_latents: int,
-) -> Params:
+def init_soft_tokens(key: jax.Array, decoder: Params, aug: Augmentation) -> Params:
     """Starts from N_L vectors and no layers."""
-    del models
-    return {"soft_tokens": soft_tokens(key, decoder["embedding"], num_latents)}
+    return {"soft_tokens": soft_tokens(key, decoder["embedding"], aug.num_latents)}
 
 
-def init_one_soft_token(
-    key: jax.Array,
-    decoder: Params,
-    models: Models,
-    num_latents: int,
-) -> Params:
+def init_one_soft_token(key: jax.Array, decoder: Params, aug: Augmentation) -> Params:
     """Starts from one vector for all latents, and no layers."""
-    del num_latents
-    return init_soft_tokens(key, decoder, models, 1)
+    del aug
+    return {"soft_tokens": soft_tokens(key, decoder["embedding"], 1)}
 
 
-def init_cartridge(key: jax.Array, decoder: Params, models: Models, num_latents: int) -> Params:
+def init_cartridge(key: jax.Array, decoder: Params, aug: Augmentation) -> Params:
     """Starts from keys, not rotated, and values of every layer, [layers, L, K, H] each.
 
     The decoder computes them from N_L random tokens at position 0, where nothing is rotated.
     """
-    config = models.decoder.config
-    soft_LD = soft_tokens(key, decoder["embedding"], num_latents)
+    config = aug.decoder.config
+    soft_LD = soft_tokens(key, decoder["embedding"], aug.num_latents)
     x_BMLD = transformer.scaled(soft_LD.astype(decoder["embedding"].dtype), config)[None, None]
-    position_BML = jnp.zeros((1, 1, num_latents), jnp.int32)
+    position_BML = jnp.zeros((1, 1, aug.num_latents), jnp.int32)
     bounds = transformer.own_text(position_BML[0])
     _, kv = Transformer(config).apply({"params": decoder}, x_BMLD, position_BML, bounds)
     return {"keys": kv.k[:, 0, 0], "values": kv.v[:, 0, 0]}
 
 
-# How latents are written: (params, models, reading, traces) -> latents.
+# How latents are written: (aug, params, reading, traces) -> latents.
 
 
 def soft_tokens_per_trace(
@@ -173,8 +157,8 @@ def per_trace(x: jax.Array, traces: Traces) -> jax.Array:
 
 
 def write_soft_tokens(
+    aug: Augmentation,
     params: Params,
-    models: Models,
     reading: Reading,
     traces: Traces,
 ) -> jax.Array:
@@ -183,13 +167,13 @@ def write_soft_tokens(
     They are scaled like rows of the token table. Unscaled, they would enter a Gemma decoder sqrt(D)
     times shorter than its tokens do.
     """
-    soft_BMLD = soft_tokens_per_trace(params, models.decoder, traces, reading.cache.k.dtype)
-    return transformer.scaled(soft_BMLD, models.decoder.config)
+    soft_BMLD = soft_tokens_per_trace(params, aug.decoder, traces, reading.cache.k.dtype)
+    return transformer.scaled(soft_BMLD, aug.decoder.config)
 
 
 def write_cartridge(
+    aug: Augmentation,
     params: Params,
-    models: Models,
     reading: Reading,
     traces: Traces,
 ) -> Inserted:
@@ -197,7 +181,7 @@ def write_cartridge(
 
     Keys are rotated to the latents' positions.
     """
-    config = models.decoder.config
+    config = aug.decoder.config
     dtype = reading.cache.k.dtype
     own = {name: params["coprocessor"][name].astype(dtype) for name in CARTRIDGE_AXES}
     k = per_trace(own["keys"], traces).astype(dtype)  # [B, M, layers, L, K, H]
@@ -208,8 +192,8 @@ def write_cartridge(
 
 
 def write_in_one_pass(
+    aug: Augmentation,
     params: Params,
-    models: Models,
     reading: Reading,
     traces: Traces,
 ) -> jax.Array:
@@ -218,13 +202,13 @@ def write_in_one_pass(
     In layer l the soft tokens see the decoder's keys and values of layer l up to x_p, and each
     other causally. The final-normed outputs are the latents.
     """
-    z_BMLD, _ = _one_pass(params, models.coprocessor, reading.cache, traces)
+    z_BMLD, _ = _one_pass(aug, params, reading.cache, traces)
     return z_BMLD
 
 
 def write_keys_and_values(
+    aug: Augmentation,
     params: Params,
-    models: Models,
     reading: Reading,
     traces: Traces,
 ) -> Inserted:
@@ -233,13 +217,13 @@ def write_keys_and_values(
     The pass is that of `write_in_one_pass`. The keys and values of layer l enter the decoder's
     layer l. This is hypothesis 1 of Coda-Forno et al. 2025.
     """
-    _, kv = _one_pass(params, models.coprocessor, reading.cache, traces)
+    _, kv = _one_pass(aug, params, reading.cache, traces)
     return Inserted(jnp.moveaxis(kv.k, 0, 2), jnp.moveaxis(kv.v, 0, 2))
 
 
 def write_from_last_layer(
+    aug: Augmentation,
     params: Params,
-    models: Models,
     reading: Reading,
     traces: Traces,
 ) -> jax.Array:
@@ -248,14 +232,15 @@ def write_from_last_layer(
     bounds = transformer.own_text(jnp.arange(position_BT.shape[1]) - position_BT)
     weights = {"params": params["coprocessor"]}
     x_BMTD = reading.outputs[:, None]
-    _, kv = models.coprocessor.apply(weights, x_BMTD, position_BT[:, None], bounds)
-    z_BMLD, _ = _one_pass(params, models.coprocessor, cache_lib.of_text(kv, position_BT), traces)
+    _, kv = aug.models.coprocessor.apply(weights, x_BMTD, position_BT[:, None], bounds)
+    own_cache = cache_lib.of_text(kv, position_BT)
+    z_BMLD, _ = _one_pass(aug, params, own_cache, traces)
     return z_BMLD
 
 
 def write_one_after_another(
+    aug: Augmentation,
     params: Params,
-    models: Models,
     reading: Reading,
     traces: Traces,
 ) -> jax.Array:
@@ -263,13 +248,13 @@ def write_one_after_another(
 
     This takes one pass per latent, each over one token.
     """
-    soft_BMLD = soft_tokens_per_trace(params, models.coprocessor, traces, reading.cache.k.dtype)
-    return _fed_back(params, models, reading, traces, soft_BMLD)
+    soft_BMLD = soft_tokens_per_trace(params, aug.models.coprocessor, traces, reading.cache.k.dtype)
+    return _fed_back(aug, params, reading, traces, soft_BMLD)
 
 
 def write_feedback(
+    aug: Augmentation,
     params: Params,
-    models: Models,
     reading: Reading,
     traces: Traces,
 ) -> jax.Array:
@@ -278,16 +263,16 @@ def write_feedback(
     The outputs are the continuous thoughts of Hao et al. 2024; the trained token begins them.
     Latent i + 1 is the output at latent i, so there are N_L - 1 thoughts.
     """
-    soft_BMLD = write_soft_tokens(params, models, reading, traces)
+    soft_BMLD = write_soft_tokens(aug, params, reading, traces)
     is_first_L1 = jnp.arange(soft_BMLD.shape[2])[:, None] == 0
     inputs_BMLD = jnp.where(is_first_L1, soft_BMLD, 0)
-    thoughts = _fed_back(params, models, reading, traces, inputs_BMLD[:, :, :-1])
+    thoughts = _fed_back(aug, params, reading, traces, inputs_BMLD[:, :, :-1])
     return jnp.concatenate([soft_BMLD[:, :, :1], thoughts], axis=2)
 
 
 def _fed_back(
+    aug: Augmentation,
     params: Params,
-    models: Models,
     reading: Reading,
     traces: Traces,
     x_BMLD: jax.Array,
@@ -296,7 +281,7 @@ def _fed_back(
 
     Returns the outputs.
     """
-    model = models.coprocessor
+    model = aug.models.coprocessor
     c = model.config
     B, M, L, D = x_BMLD.shape
     if L == 0:  # one latent of `write_feedback`: the token that begins thoughts
@@ -333,8 +318,8 @@ def _fed_back(
 
 
 def _one_pass(
+    aug: Augmentation,
     params: Params,
-    model: Transformer,
     cache: Cache,
     traces: Traces,
 ) -> tuple[jax.Array, KV]:
@@ -342,6 +327,7 @@ def _one_pass(
 
     Returns final-normed outputs [B, M, L, D], and keys and values.
     """
+    model = aug.models.coprocessor
     x_BMLD = soft_tokens_per_trace(params, model, traces, cache.k.dtype)
     weights = {"params": params["coprocessor"]}
     return model.apply(weights, x_BMLD, traces.latent_position, traces.latent_bounds, cache)

@@ -4,12 +4,15 @@ Such a coprocessor has either a size of its own, or the size of an assistant (an
 decoder). Arguments and results are those of the functions in `delib.coprocessor`.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from latent_delib.delib.coprocessor import (
-    Models,
     Reading,
     body,
     init_from_decoder,
@@ -21,6 +24,9 @@ from latent_delib.nn import transformer
 from latent_delib.nn.products import einsum
 from latent_delib.nn.transformer import Params
 
+if TYPE_CHECKING:
+    from latent_delib.delib.augment import Augmentation
+
 # Logical axes of the map to the decoder's width, and of all maps of `init_resized`.
 OUT_AXES = {"latents_out": (None, "embed")}
 MAP_AXES = OUT_AXES | {
@@ -29,53 +35,48 @@ MAP_AXES = OUT_AXES | {
 }
 
 
-def init_resized(key: jax.Array, decoder: Params, models: Models, num_latents: int) -> Params:
+def init_resized(key: jax.Array, decoder: Params, aug: Augmentation) -> Params:
     """Starts from random layers of the coprocessor's own shape.
 
     The maps from the decoder's cache, and to its width, are random too.
     """
-    theirs = models.decoder.config
-    ours = models.coprocessor.config
+    theirs = aug.decoder.config
+    ours = aug.models.coprocessor.config
     layers_key, soft_key, keys_key, values_key, out_key = jax.random.split(key, 5)
     heads = (theirs.num_kv_heads, theirs.head_dim, ours.num_kv_heads, ours.head_dim)
     fan_in = theirs.num_kv_heads * theirs.head_dim
     return body(transformer.init(layers_key, ours)) | {
-        "soft_tokens": _normal(soft_key, ours.embed_dim, num_latents, ours.embed_dim),
+        "soft_tokens": _normal(soft_key, ours.embed_dim, aug.num_latents, ours.embed_dim),
         "keys_in": _normal(keys_key, fan_in, ours.num_layers, *heads),
         "values_in": _normal(values_key, fan_in, ours.num_layers, *heads),
-        "latents_out": _latents_out(out_key, models),
+        "latents_out": _latents_out(out_key, aug),
     }
 
 
-def init_from_assistant(
-    key: jax.Array,
-    assistant: Params,
-    models: Models,
-    num_latents: int,
-) -> Params:
+def init_from_assistant(key: jax.Array, assistant: Params, aug: Augmentation) -> Params:
     """Starts from an assistant's own layers, and a random map to the decoder's width.
 
     The map keeps the mean square of its inputs, so the latents begin as large as those of a
     coprocessor that starts from the decoder. A smaller map would have larger gradients, because
     each decoder layer norms its inputs.
     """
-    tree = init_from_decoder(key, assistant, models, num_latents)
-    return tree | {"latents_out": _latents_out(jax.random.fold_in(key, 1), models)}
+    tree = init_from_decoder(key, assistant, aug)
+    return tree | {"latents_out": _latents_out(jax.random.fold_in(key, 1), aug)}
 
 
 def _normal(key: jax.Array, fan_in: int, *shape: int) -> jax.Array:
     return jax.random.normal(key, shape) * fan_in**-0.5
 
 
-def _latents_out(key: jax.Array, models: Models) -> jax.Array:
+def _latents_out(key: jax.Array, aug: Augmentation) -> jax.Array:
     """Draws a map from the coprocessor's width to the decoder's, [d, D]."""
-    width = models.coprocessor.config.embed_dim
-    return _normal(key, width, width, models.decoder.config.embed_dim)
+    width = aug.models.coprocessor.config.embed_dim
+    return _normal(key, width, width, aug.decoder.config.embed_dim)
 
 
 def write_through_maps(
+    aug: Augmentation,
     params: Params,
-    models: Models,
     reading: Reading,
     traces: Traces,
 ) -> jax.Array:
@@ -85,8 +86,8 @@ def write_through_maps(
     are evenly spaced from the first to the last. Keys are rotated back before they are mapped, so
     that a map does not depend on the position.
     """
-    theirs = models.decoder.config
-    ours = models.coprocessor.config
+    theirs = aug.decoder.config
+    ours = aug.models.coprocessor.config
     cache = reading.cache
     tree = params["coprocessor"]
     source = np.linspace(0, theirs.num_layers - 1, ours.num_layers).round().astype(int)
@@ -95,13 +96,13 @@ def write_through_maps(
     k = jnp.stack([rotated(k[l], cache.position, ours, l) for l in range(ours.num_layers)])
     v = einsum("lBTKH,lKHkh->lBTkh", cache.v[source], tree["values_in"].astype(k.dtype))
     reading = reading._replace(cache=cache._replace(k=k, v=v))
-    z_BMLd = write_in_one_pass(params, models, reading, traces)
+    z_BMLd = write_in_one_pass(aug, params, reading, traces)
     return _mapped_out(params, z_BMLd)
 
 
 def write_by_assistant(
+    aug: Augmentation,
     params: Params,
-    models: Models,
     reading: Reading,
     traces: Traces,
 ) -> jax.Array:
@@ -112,7 +113,7 @@ def write_by_assistant(
     """
     assert reading.assistant is not None, "the assistant has not read the text"
     reading = reading._replace(cache=reading.assistant)
-    z_BMLd = write_in_one_pass(params, models, reading, traces)
+    z_BMLd = write_in_one_pass(aug, params, reading, traces)
     return _mapped_out(params, z_BMLd)
 
 

@@ -4,26 +4,31 @@ A row says how the trainable tree begins, which latents the method writes, and w
 costs. Everything else is shared.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
 from latent_delib.delib import coprocessor, flops, mapped
-from latent_delib.delib.coprocessor import Latents, Models, Reading
+from latent_delib.delib.coprocessor import Latents, Reading
 from latent_delib.delib.flops import Flops, Writing
 from latent_delib.delib.traces import Traces
 from latent_delib.nn.layers import PARAM_AXES, Axes
 from latent_delib.nn.transformer import BODY, Params
 
+if TYPE_CHECKING:
+    from latent_delib.delib.augment import Augmentation
+
 
 class Method(NamedTuple):
     """Holds all that other modules need to know about a method.
 
-    init_coprocessor: (key, decoder, models, num_latents) -> the coprocessor's tree before the first
-      step. Layers that it lacks are those of the decoder. None: nothing but the decoder is trained.
-    write: (params, models, reading, traces) -> latents in the dtype of the decoder's cache. None:
-      the method writes none, and its objective is the language-modelling loss of the text (with
+    init_coprocessor: (key, decoder, aug) -> the coprocessor's tree before the first step. Layers
+      that it lacks are those of the decoder. None: nothing but the decoder is trained.
+    write: (aug, params, reading, traces) -> latents in the dtype of the decoder's cache. None: the
+      method writes none, and its objective is the language-modelling loss of the text (with
       `method.prompt_end`, of the tokens that follow prompts).
     cost: FLOPs of writing the latents of one step.
     axes: logical axes of the method's own parameters, by leaf name; no layer has these names. The
@@ -35,7 +40,8 @@ class Method(NamedTuple):
     reads_outputs: the latents depend on the decoder's outputs, not only on its cache.
     has_matrices: matrices are trained. Only then can low-rank adapters replace them.
     starts_random: the coprocessor begins with random matrices, on which no adapter can build.
-    own_size: the coprocessor may have another architecture than the decoder.
+    own_size: the coprocessor may have another architecture than the decoder, so adapters cannot
+      build on the decoder's layers.
     has_assistant: another frozen decoder, the assistant, reads the text too. The coprocessor has
       the assistant's architecture and begins from it: `init_coprocessor` gets the assistant in
       place of the decoder, and leaves that the coprocessor's tree lacks are the assistant's layers.
@@ -46,9 +52,9 @@ class Method(NamedTuple):
       that do not depend on the text.
     """
 
-    init_coprocessor: Callable[[jax.Array, Params, Models, int], Params] | None
-    write: Callable[[Params, Models, Reading, Traces], Latents] | None
-    cost: Callable[[Writing], Flops] = flops.one_pass
+    init_coprocessor: Callable[[jax.Array, Params, Augmentation], Params] | None
+    write: Callable[[Augmentation, Params, Reading, Traces], Latents] | None
+    cost: Callable[[Writing], Flops]
     axes: Mapping[str, Axes] = {}
     trains_decoder: bool = False
     reads_text: bool = True
@@ -60,7 +66,7 @@ class Method(NamedTuple):
     writes_keys: bool = False
     recurs: bool = False
 
-    def init(self, key: jax.Array, decoder: Params, models: Models, num_latents: int) -> Params:
+    def init(self, key: jax.Array, decoder: Params, aug: Augmentation) -> Params:
         """Returns the trainable tree before the first step.
 
         It has a "decoder" where the decoder is trained, and a "coprocessor" where there is one, as
@@ -71,7 +77,7 @@ class Method(NamedTuple):
         """
         tree = {"decoder": decoder} if self.trains_decoder else {}
         if self.init_coprocessor is not None:
-            tree["coprocessor"] = self.init_coprocessor(key, decoder, models, num_latents)
+            tree["coprocessor"] = self.init_coprocessor(key, decoder, aug)
         for name, leaf in tree.get("coprocessor", {}).items():
             if isinstance(leaf, Mapping) and name not in BODY:
                 raise ValueError(f"parameter {name!r} of the coprocessor: expected one array")
@@ -103,6 +109,7 @@ METHODS = {
     "decoder": Method(
         init_coprocessor=None,
         write=None,
+        cost=flops.no_pass,
         trains_decoder=True,
         reads_text=False,
     ),
@@ -110,12 +117,14 @@ METHODS = {
     "cache_augmentation": Method(
         coprocessor.init_from_decoder,
         coprocessor.write_in_one_pass,
+        cost=flops.one_pass,
     ),
     # Baselines of Liu et al.: a random start; reading the decoder's last-layer outputs, not its
     # cache.
     "from_scratch": Method(
         coprocessor.init_from_scratch,
         coprocessor.write_in_one_pass,
+        cost=flops.one_pass,
         starts_random=True,
     ),
     "last_layer": Method(
@@ -157,16 +166,19 @@ METHODS = {
     "inserted": Method(
         coprocessor.init_from_decoder,
         coprocessor.write_keys_and_values,
+        cost=flops.one_pass,
         writes_keys=True,
     ),
     "joint": Method(
         coprocessor.init_from_decoder,
         coprocessor.write_in_one_pass,
+        cost=flops.one_pass,
         trains_decoder=True,
     ),
     "unified": Method(
         coprocessor.init_soft_tokens,
         coprocessor.write_in_one_pass,
+        cost=flops.one_pass,
         trains_decoder=True,
     ),
     # Xu et al. 2025 (SoftCoT), Fu et al. 2025 (Cache-to-Cache): the coprocessor starts from another
@@ -194,8 +206,8 @@ METHODS = {
     "resized": Method(
         mapped.init_resized,
         mapped.write_through_maps,
+        cost=flops.one_pass,
         axes=mapped.MAP_AXES,
-        starts_random=True,
         own_size=True,
     ),
 }

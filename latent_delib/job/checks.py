@@ -162,10 +162,11 @@ def _check_method(m: ConfigDict) -> None:
         raise UserError(
             f"config.method.lora_rank={m.lora_rank}: method {m.name!r} trains no matrix; leave it 0"
         )
-    if m.lora_rank and row.starts_random and not m.start:
+    if m.lora_rank and (row.starts_random or row.own_size) and not m.start:
         raise UserError(
-            f"config.method.lora_rank={m.lora_rank}: a coprocessor of method {m.name!r} starts "
-            "at random; expected config.method.start, a trained one to which adapters are added"
+            f"config.method.lora_rank={m.lora_rank}: a coprocessor of method {m.name!r} does not "
+            "start from the decoder's layers; expected config.method.start, a trained one to which "
+            "adapters are added"
         )
     if m.max_delay and row.writes_latents:
         _require_movable("method.max_delay", m.max_delay, m.name)

@@ -75,7 +75,7 @@ def init_trainable(aug: Augmentation, rank: int) -> Callable[..., Params]:
     def init(key: jax.Array, decoder: Params | None, start: Params | None = None) -> Params:
         tree = start
         if tree is None:
-            tree = METHODS[aug.method].init(key, decoder, aug.models, aug.num_latents)
+            tree = METHODS[aug.method].init(key, decoder, aug)
         if rank:
             for i, name in enumerate(sorted(tree)):
                 tree[name] = _adapters(jax.random.fold_in(key, i), tree[name], rank)

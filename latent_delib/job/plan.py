@@ -12,6 +12,7 @@ from latent_delib.delib.step import Objective, TrainState, train_step
 from latent_delib.errors import UserError
 from latent_delib.job import parameters
 from latent_delib.job.experiment import Experiment
+from latent_delib.job.words import settings_in_words
 from latent_delib.nn.transformer import Params
 
 
@@ -153,24 +154,10 @@ def _shapes(exp: Experiment) -> str:
     """Returns one line: the sizes of a step, by the axis letters, and its settings."""
     c = exp.config
     m = c.method
-    parts = [f"B {c.train.batch_size} T {c.data.seq_len}"]
+    sizes = f"B {c.train.batch_size} T {c.data.seq_len}"
     if exp.aug.writes_latents:
-        parts[0] += f" M {m.num_traces} L {m.num_latents} A {m.num_ahead}"
-        parts.append(f"placement {m.placement}")
-    if m.every:
-        parts.append(f"latents again after each {m.every} tokens")
-    if exp.aug.writes_latents and m.max_delay:
-        parts.append(f"delays up to {m.max_delay}")
-    if m.prompt_end:
-        learned = "latents" if exp.aug.writes_latents else "loss"
-        parts.append(f"{learned} after {m.prompt_end!r}")
-    if m.visible_text:
-        parts.append(f"{m.visible_text} tokens of the text visible")
-    if m.distill:
-        more = "the steps" if exp.steps_end else "all the text"
-        parts.append(f"{m.distill:g} of the loss from the decoder that has read {more}")
-    if m.lora_rank:
-        parts.append(f"adapters of rank {m.lora_rank}")
+        sizes += f" M {m.num_traces} L {m.num_latents} A {m.num_ahead}"
+    parts = [sizes, *settings_in_words(m.to_dict())]
     if c.train.accumulation > 1:
         parts.append(f"in {c.train.accumulation} parts")
     parts.append(c.compute.dtype)

@@ -19,12 +19,12 @@ from latent_delib.data import tokenizer
 from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.delib import lora
 from latent_delib.delib.augment import Augmentation
-from latent_delib.delib.coprocessor import Models
 from latent_delib.delib.methods import METHODS
 from latent_delib.delib.traces import PLACEMENTS
 from latent_delib.errors import UserError
 from latent_delib.job import build, parameters
 from latent_delib.job.record import SHORT, Record
+from latent_delib.job.words import settings_in_words
 from latent_delib.lm import inputs
 from latent_delib.machine import arguments, checkpoint, seeds
 from latent_delib.nn.layers import PARAM_AXES, Axes
@@ -88,15 +88,11 @@ class Coprocessor:
 
     def __repr__(self) -> str:
         dtype = jax.tree.leaves(self.params)[0].dtype
-        latents = f"{self.num_latents} latents {self.placement!r}"
-        visible = self.record["method.visible_text"]
-        if visible:
-            latents += f" and {visible} visible tokens"
-        step = "untrained" if self.step is None else f"step {self.step}"
-        of = f"of decoder {self.fingerprint[:SHORT]}"
-        if self.record.assistant:
-            of += f", of assistant {self.record['method.assistant'][:SHORT]}"
-        return f"Coprocessor({self.method}, {latents}, {step}, {dtype}, {of})"
+        words = [self.method, f"{self.num_latents} latents"]
+        words += settings_in_words(self.record.config["method"])
+        words.append("untrained" if self.step is None else f"step {self.step}")
+        words += [str(dtype), f"of decoder {self.fingerprint[:SHORT]}"]
+        return f"Coprocessor({', '.join(words)})"
 
 
 def load_decoder(
@@ -306,9 +302,8 @@ def init_coprocessor(
     num_latents = arguments.whole("num_latents", num_latents, 1, decoder.config.vocab_size)
     seed = arguments.whole("seed", seed, 0, arguments.SEED)
     name = "cache_augmentation"
-    model = Transformer(decoder.config)
-    key = seeds.key(seed)
-    tree = METHODS[name].init(key, decoder.params, Models(model, model), num_latents)
+    aug = Augmentation(Transformer(decoder.config), name, num_latents, placement)
+    tree = METHODS[name].init(seeds.key(seed), decoder.params, aug)
     method = {"name": name, "num_latents": num_latents, "placement": placement}
     record = Record({"method": method}, decoder.fingerprint)
     return Coprocessor(tree["coprocessor"], record, decoder.fingerprint)

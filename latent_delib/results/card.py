@@ -3,6 +3,7 @@
 from typing import Any
 
 from latent_delib.job.record import Record
+from latent_delib.job.words import settings_in_words
 from latent_delib.results.evaluation import as_text
 
 TRAINING = (  # keys of the config that the card lists
@@ -10,11 +11,6 @@ TRAINING = (  # keys of the config that the card lists
     "data.seq_len",
     "method.num_traces",
     "method.num_ahead",
-    "method.every",
-    "method.max_delay",
-    "method.visible_text",
-    "method.prompt_end",
-    "method.distill",
     "optimizer.name",
     "optimizer.learning_rate",
     "optimizer.soft_token_learning_rate",
@@ -32,8 +28,9 @@ def card(record: Record, decoder: str, fingerprint: str, evaluation: dict[str, A
       decoder, fingerprint: the path and the SHA-256 of the decoder that it belongs to.
       evaluation: the content of perplexity.json for that checkpoint, or None.
     """
-    method = record["method.name"]
-    latents = f"{record['method.num_latents']} latents, placement `{record['method.placement']}`"
+    method = record.config["method"]
+    latents = f"{method['num_latents']} latents"
+    settings = ", ".join([latents, *settings_in_words(method), f"step {record.step:,}"])
     lines = [
         "---",
         "library_name: latent_delib",
@@ -42,7 +39,7 @@ def card(record: Record, decoder: str, fingerprint: str, evaluation: dict[str, A
         "",
         "# A coprocessor for one decoder",
         "",
-        f"Method `{method}`, {latents}, step {record.step:,}. It belongs to this decoder alone:",
+        f"Method `{method['name']}`, {settings}. It belongs to this decoder alone:",
         f"fingerprint `{fingerprint}`, `{decoder}` where it was trained.",
         *_assistant(record),
         "",

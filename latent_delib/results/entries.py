@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from latent_delib.delib.methods import METHODS
-from latent_delib.job.record import BEFORE
+from latent_delib.job.words import settings_in_words, text_in_words, writes_latents
 from latent_delib.results.runs import Result, Runs
 
 # Keys of a config that decide what a checkpoint holds.
@@ -37,24 +37,6 @@ ALONE = {"decoder": "frozen decoder", "zero_shot_cot": "zero-shot CoT"}  # nothi
 
 # What a benchmark asks: rows that differ in one of these cannot be compared.
 ASKED = ("task", "data", "shots", "metric", "filter", "documents")
-# Keys of `method` that `label` has words for, or that a column shows. Any other key is named as it
-# is, so that runs of a fork that differ in it have different labels.
-WORDED = {
-    "name",
-    "placement",
-    "num_latents",
-    "num_traces",
-    "num_ahead",
-    "every",
-    "assistant",
-    "coprocessor",
-    "lora_rank",
-    "max_delay",
-    "visible_text",
-    "prompt_end",
-    "distill",
-    "start",
-}
 
 
 @dataclasses.dataclass
@@ -102,12 +84,6 @@ def _has_own_decoder(result: Result) -> bool:
     """Tells whether a result is of a checkpoint that holds a decoder."""
     method = METHODS.get(result.method["name"])
     return method is not None and method.trains_decoder and bool(result.checkpoint)
-
-
-def writes_latents(name: str) -> bool:
-    """Tells whether a method writes latents; an unknown method counts as one that does."""
-    method = METHODS.get(name)
-    return method is None or method.writes_latents
 
 
 def entry_of(result: Result) -> Entry:
@@ -238,16 +214,6 @@ def controls_in_words(evaluated: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def text_in_words(method: Mapping[str, Any]) -> list[str]:
-    """Says in words where a method predicts, and how much of the text its decoder sees."""
-    words = []
-    if method.get("prompt_end"):
-        words.append(f"after {method['prompt_end']!r}")
-    if method.get("visible_text"):
-        words.append(f"{method['visible_text']} tokens of the text visible")
-    return words
-
-
 def label(entry: Entry) -> str:
     """Says in words what an entry is; the number of latents has a column of its own."""
     result, method = entry.result, entry.result.method
@@ -257,9 +223,8 @@ def label(entry: Entry) -> str:
         if entry.perplexity:
             words += text_in_words(method) + controls_in_words(done)
         return ", ".join(words)
-    words = _trained_decoder(entry) if entry.trained else _method(method)
-    if method.get("lora_rank"):
-        words.append(f"rank {method['lora_rank']}")
+    words = _trained_decoder(entry) if entry.trained else [method["name"].replace("_", " ")]
+    words += settings_in_words(method)
     if "num_ahead" in method and not entry.trained:
         words.append(f"{method['num_ahead']} ahead tokens")
     if result.step:
@@ -270,30 +235,7 @@ def label(entry: Entry) -> str:
         words.append(f"latents every {entry.every} tokens")
     if entry.delay:
         words.append(f"delay {entry.delay}")
-    if method.get("max_delay"):
-        words.append(f"trained for delays up to {method['max_delay']}")
-    words += text_in_words(method)
-    if method.get("distill"):
-        words.append(f"distilled with weight {method['distill']:g}")
-    if method.get("start"):
-        words.append(f"started from {method['start']}")
-    for key in sorted(method.keys() - WORDED):
-        if method[key] != BEFORE.get(f"method.{key}"):  # older runs do not name this value
-            words.append(f"{key.replace('_', ' ')} {method[key]}")
     return ", ".join(words + controls_in_words(done))
-
-
-def _method(method: Mapping[str, Any]) -> list[str]:
-    words = [method["name"].replace("_", " ")]
-    if method.get("placement"):
-        words.append(method["placement"])
-    if method.get("every"):
-        words.append(f"again after each {method['every']} tokens")
-    if method.get("assistant"):
-        words.append(method["assistant"])
-    for key, value in (method.get("coprocessor") or {}).items():
-        words.append(f"{key.replace('_', ' ')} {value}")
-    return words
 
 
 def _trained_decoder(entry: Entry) -> list[str]:

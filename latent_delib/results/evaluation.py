@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
+from latent_delib.job.words import settings_in_words, writes_latents
 from latent_delib.machine.columns import aligned
 from latent_delib.measure import metric
-from latent_delib.results.entries import controls_in_words, text_in_words, writes_latents
+from latent_delib.results.entries import controls_in_words
 from latent_delib.results.figures import CURVES
 from latent_delib.results.tables import changes
 
@@ -31,10 +32,8 @@ def _heading(result: dict[str, Any]) -> str:
     if result["step"] is not None:
         words.append(f"step {result['step']}")
     if writes_latents(method["name"]):
-        words += [f"{method['num_latents']} latents", f"placement {method['placement']}"]
-    if method.get("every"):
-        words.append(f"again after each {method['every']} tokens")
-    words += text_in_words(method)
+        words.append(f"{method['num_latents']} latents")
+    words += settings_in_words(method)
     if method.get("distill") and not method.get("visible_text"):
         words.append("without the steps")
     words += controls_in_words(result["config"]["evaluate"])

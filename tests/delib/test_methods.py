@@ -12,7 +12,7 @@ import small
 from latent_delib import mesh as mesh_lib
 from latent_delib.delib import augment, flops, traces
 from latent_delib.delib.augment import Augmentation
-from latent_delib.delib.coprocessor import Inserted, Models, Reading
+from latent_delib.delib.coprocessor import Inserted, Reading
 from latent_delib.delib.cost import step_flops
 from latent_delib.delib.flops import Flops
 from latent_delib.delib.methods import METHODS, Method, param_axes
@@ -37,8 +37,9 @@ WRITING = [name for name, method in METHODS.items() if method.write]
 WITH_BODY = ["cache_augmentation", "from_scratch", "last_layer", "inserted", "joint", "sequential"]
 
 
-def models(name):
-    return Models(MODEL, OTHER if name in ("resized", "assistant") else MODEL)
+def settings(name, num_latents=L):
+    own = OTHER if name in ("resized", "assistant") else None
+    return Augmentation(MODEL, name, num_latents, "overlay", coprocessor=own)
 
 
 def begun_from(name):
@@ -47,7 +48,7 @@ def begun_from(name):
 
 @functools.cache
 def starter(name):
-    return jax.jit(lambda key, decoder: METHODS[name].init(key, decoder, models(name), L))
+    return jax.jit(lambda key, decoder: METHODS[name].init(key, decoder, settings(name)))
 
 
 def begin(name, seed=0, decoder=None):
@@ -58,7 +59,7 @@ def begin(name, seed=0, decoder=None):
 def write(name, tree, text):
     """Latents of a tree; where that has no decoder, over the one that is frozen."""
     params = augment.assemble({"decoder": DECODER}, tree)
-    return METHODS[name].write(params, models(name), text, TRACES)
+    return METHODS[name].write(settings(name), params, text, TRACES)
 
 
 def text_of(seed, dtype=jnp.float32):
@@ -91,7 +92,7 @@ def test_trainable_tree(name):
         return
     tree = shapes["coprocessor"]
     assert "embedding" not in str(jax.tree.structure(tree))
-    config = models(name).coprocessor.config
+    config = settings(name).models.coprocessor.config
     if name == "cartridge":
         shape = (CONFIG.num_layers, L, CONFIG.num_kv_heads, CONFIG.head_dim)
         assert jax.tree.map(jnp.shape, tree) == {"keys": shape, "values": shape}
@@ -127,20 +128,20 @@ def test_a_parameter_may_not_have_the_name_of_a_layers(monkeypatch):
 def test_a_row_brings_parameters_and_a_cost_of_its_own(monkeypatch):
     """A method of one row: static tokens with a scale of their own, at a price."""
 
-    def start(key, decoder, models, num_latents):
-        tree = METHODS["static_tokens"].init(key, decoder, models, num_latents)["coprocessor"]
-        return tree | {"loudness": jnp.ones(models.decoder.config.embed_dim)}
+    def start(key, decoder, aug):
+        tree = METHODS["static_tokens"].init(key, decoder, aug)["coprocessor"]
+        return tree | {"loudness": jnp.ones(aug.decoder.config.embed_dim)}
 
-    def loud(params, models, reading, traces):
+    def loud(aug, params, reading, traces):
         return params["coprocessor"]["loudness"] * METHODS["static_tokens"].write(
-            params, models, reading, traces
+            aug, params, reading, traces
         )
 
     price = Flops(useful=1e6, recomputed=2e6)
     row = Method(start, loud, cost=lambda writing: price, axes={"loudness": ("embed",)})
     monkeypatch.setitem(METHODS, "loud", row)
     mesh = mesh_lib.make({"fsdp": 2}, jax.devices()[:2])
-    tree = row.init(jax.random.key(0), DECODER, models("loud"), L)
+    tree = row.init(jax.random.key(0), DECODER, settings("loud"))
     shardings = mesh_lib.parameters(mesh, tree, param_axes("loud"))
     assert shardings["coprocessor"]["loudness"].spec == jax.sharding.PartitionSpec(
         ("fsdp", "traces")
@@ -212,7 +213,7 @@ def test_from_scratch_starts_at_random():
 
 @pytest.mark.parametrize("name", ["decoder", "joint", "unified", "feedback"])
 def test_a_trained_decoder_starts_as_it_is(name):
-    tree = METHODS[name].init(jax.random.key(0), DECODER, models(name), L)
+    tree = METHODS[name].init(jax.random.key(0), DECODER, settings(name))
     assert tree["decoder"] is DECODER
 
 
@@ -250,11 +251,11 @@ def test_latents_do_not_depend_on_text_after_their_place(name):
 
 def test_a_method_whose_parameter_is_a_tree_is_refused():
     """Adapters, the export and the cost know layers and single arrays alone."""
-    method = Method(lambda *_: {"second": {"layers": {}}}, write=None)
+    method = Method(lambda *_: {"second": {"layers": {}}}, write=None, cost=flops.no_pass)
     with pytest.raises(
         ValueError, match="parameter 'second' of the coprocessor: expected one array"
     ):
-        method.init(jax.random.key(0), DECODER, models("joint"), L)
+        method.init(jax.random.key(0), DECODER, settings("joint"))
 
 
 def test_a_cartridge_starts_with_keys_and_values_of_tokens():
@@ -270,10 +271,11 @@ def test_a_cartridge_starts_with_keys_and_values_of_tokens():
 
 @pytest.mark.slow
 def test_a_single_latent_of_feedback_is_its_soft_token():
-    tree = METHODS["feedback"].init(jax.random.key(0), DECODER, models("feedback"), 1)
+    aug = settings("feedback", 1)
+    tree = METHODS["feedback"].init(jax.random.key(0), DECODER, aug)
     params = augment.assemble({"decoder": DECODER}, tree)
     of_one = traces.lay_out(jnp.zeros((B, T), int), jnp.ones((B, T), int), AT, 1, 2, "after")
-    z = METHODS["feedback"].write(params, models("feedback"), text_of(0), of_one)
+    z = METHODS["feedback"].write(aug, params, text_of(0), of_one)
     token = transformer.scaled(tree["coprocessor"]["soft_tokens"][0], CONFIG)
     np.testing.assert_array_equal(z, np.broadcast_to(token, (B, M, 1, CONFIG.embed_dim)))
 
@@ -306,20 +308,18 @@ def test_maps_that_change_nothing(family, num_layers):
     cache = small.empty_cache(config, B, T, jnp.float32)
     k, v = jax.random.normal(jax.random.key(0), (2, *cache.k.shape))
     text = Reading(jnp.zeros((B, T, config.embed_dim)), cache._replace(k=k, v=v, position=position))
-    through_maps = functools.partial(
-        METHODS["resized"].write, models=Models(Transformer(config), Transformer(own))
-    )
-    found = jax.jit(through_maps)(params, reading=text, traces=TRACES)
+    aug = Augmentation(Transformer(config), "resized", L, coprocessor=Transformer(own))
+    through_maps = functools.partial(METHODS["resized"].write, aug)
+    found = jax.jit(through_maps)(params, text, TRACES)
 
     layers = jnp.array({2: [0, 3], 4: [0, 1, 2, 3], 6: [0, 1, 1, 2, 2, 3]}[num_layers])
     # layers 0 and 3 are a local and a global one, and so are its own 0 and 1
     if num_layers == 2 and family == "gemma":
         assert [config.is_local[l] for l in (0, 3)] == list(own.is_local)
     read = text._replace(cache=text.cache._replace(k=k[layers], v=v[layers]))
-    without = functools.partial(
-        METHODS["cache_augmentation"].write, models=Models(Transformer(own), Transformer(own))
-    )
-    expected = jax.jit(without)(params, reading=read, traces=TRACES)
+    plain = Augmentation(Transformer(own), "cache_augmentation", L)
+    without = functools.partial(METHODS["cache_augmentation"].write, plain)
+    expected = jax.jit(without)(params, read, TRACES)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -340,7 +340,8 @@ def test_maps_do_not_depend_on_the_position():
         Transformer(dataclasses.replace(m.config, layer_pattern=("global",)))
         for m in (MODEL, OTHER)
     )
-    through_maps = jax.jit(functools.partial(METHODS["resized"].write, models=Models(theirs, own)))
+    aug = Augmentation(theirs, "resized", L, coprocessor=own)
+    through_maps = jax.jit(functools.partial(METHODS["resized"].write, aug))
     found = []
     for moved in (0, 1000):
         cache = text.cache._replace(position=text.cache.position + moved)
@@ -349,5 +350,5 @@ def test_maps_do_not_depend_on_the_position():
         table = rotary.table(cache.position, CONFIG.head_dim, CONFIG.rope_base, CONFIG.rope_scaling)
         cache = cache._replace(k=jnp.stack([rotary.rotate(k, table) for k in text.cache.k]))
         params = augment.assemble({"decoder": DECODER}, tree)
-        found.append(through_maps(params, reading=text._replace(cache=cache), traces=marks))
+        found.append(through_maps(params, text._replace(cache=cache), marks))
     np.testing.assert_allclose(*found, rtol=1e-3, atol=1e-3)

@@ -10,7 +10,7 @@ from latent_delib.job import checks, experiment, own_text
 MISTAKES = [
     ({"method.lora_rank": -1}, "config.method.lora_rank=-1"),
     ({"method.name": "static_tokens", "method.lora_rank": 2}, "trains no matrix"),
-    ({"method.name": "from_scratch", "method.lora_rank": 2}, "starts at random"),
+    ({"method.name": "from_scratch", "method.lora_rank": 2}, "does not start from"),
     ({"method.name": "inserted"}, "config.method.placement='after'"),
     ({"method.name": "static_tokens", "method.every": 2}, "config.method.every=2: .* join once"),
     ({"method.name": "latent_tokens"}, "config.method.every=0: .* at least 1"),
@@ -135,7 +135,8 @@ def test_a_teacher_of_hidden_text_needs_no_steps(make_config):
     "row, change, said",
     [
         ({"has_matrices": False}, {"method.lora_rank": 2}, "trains no matrix"),
-        ({"starts_random": True}, {"method.lora_rank": 2}, "starts at random"),
+        ({"starts_random": True}, {"method.lora_rank": 2}, "does not start from"),
+        ({"own_size": True}, {"method.lora_rank": 2}, "does not start from"),
         ({"reads_text": False}, {"method.max_delay": 2}, "no latents that depend on a text"),
         ({"reads_text": False}, {"evaluate.delay": 2}, "no latents that depend on a text"),
         ({"writes_keys": True}, {}, "config.method.placement='after'"),

@@ -64,7 +64,7 @@ def test_what_is_loaded_shows_itself_in_one_line(decoder, lms):
     said = f"Decoder(4 layers of width 32, vocabulary of 320, float32, fingerprint {of})"
     assert repr(decoder) == said
     coprocessor = lms["after"].coprocessor
-    said = "Coprocessor(cache_augmentation, 4 latents 'after', untrained, float32, "
+    said = "Coprocessor(cache_augmentation, 4 latents, placement after, untrained, float32, "
     said += f"of decoder {of})"
     assert repr(coprocessor) == said
     assert repr(lms["after"]) == f"AugmentedLM({decoder}, {coprocessor})"

@@ -54,9 +54,9 @@ def test_attention_is_that_of_the_naive_reading(decoder, tokens, placement, monk
     np.testing.assert_allclose(
         written.weights, coprocessor_call[:, :, AT + 1 :], rtol=1e-3, atol=1e-5
     )
-    # overlay reads token AT again: in the cache nobody sees it
-    kept = AT + 1 if placement == "after" else AT
-    ours = np.delete(decoded.weights, [] if placement == "after" else [AT], axis=-1)
+    # Where token AT is read again, nobody sees it in the cache.
+    kept = AT if naive.REREADS[placement] else AT + 1
+    ours = np.delete(decoded.weights, np.arange(kept, AT + 1), axis=-1)
     np.testing.assert_allclose(ours, decoder_call[:, :, kept:], rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(decoded.weights.sum(-1), 1, rtol=1e-5)
 
@@ -70,7 +70,7 @@ def test_attention_is_that_of_the_naive_reading(decoder, tokens, placement, monk
 
 
 def test_a_method_without_a_coprocessor(decoder, tokens):
-    soft = METHODS["pause_tokens"].init(jax.random.key(0), decoder.params, None, L)["coprocessor"]
+    soft = METHODS["pause_tokens"].init(jax.random.key(0), decoder.params, None)["coprocessor"]
     start = small.with_method(ld.init_coprocessor(decoder, L), name="pause_tokens")
     lm = ld.AugmentedLM(decoder, dataclasses.replace(start, params=soft))
     written, decoded = look.attention(lm, tokens, AT)
@@ -96,7 +96,7 @@ def test_the_calls_of_every_method(decoder, name):
     aug = Augmentation(model, name, L, "overlay", coprocessor=own, every=every)
 
     def call(key, weights):
-        tree = method.init(key, weights, aug.models, L)
+        tree = method.init(key, weights, aug)
         params = augment.assemble({"decoder": weights, "assistant": weights}, tree)
         text = jnp.zeros((1, LENGTH), jnp.int32)
         ahead = LENGTH - 1 - AT

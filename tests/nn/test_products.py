@@ -47,7 +47,7 @@ def test_every_product_has_the_precision_of_its_operands(method, form, dtype, mo
     aug = Augmentation(model, method, L if METHODS[method].write else 0)
     decoder = jax.eval_shape(partial(transformer.init, config=CONFIG), KEY)
     tree = jax.eval_shape(
-        lambda key, decoder: METHODS[method].init(key, decoder, aug.models, L), KEY, decoder
+        lambda key, decoder: METHODS[method].init(key, decoder, aug), KEY, decoder
     )
     adapters = jax.eval_shape(partial(lora.init, rank=2), KEY, decoder)
     params = {"decoder": decoder, "adapters": adapters} | tree

@@ -48,11 +48,6 @@ def test_every_evaluation_is_there(tmp_path):
     assert found == [(["P1", "P2"], -1.0), (["P3"], -2.0)]
 
 
-def test_a_method_of_a_newer_version_writes_latents():
-    """Runs of a newer version are taken for decoders."""
-    assert entries.writes_latents("a method of a newer version")
-
-
 def test_a_trained_decoder_is_not_the_frozen_one(tmp_path):
     """A trained decoder's scores stand as the frozen one's.
 

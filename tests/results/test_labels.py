@@ -2,6 +2,7 @@
 
 import pytest
 
+from latent_delib.job import record
 from latent_delib.results import comparisons, entries, evaluation, figures, runs
 from tests.results.writers import FINGERPRINT, OURS, config, perplexity, tables_of
 
@@ -97,7 +98,10 @@ X, Y = on("x", 8), on("y", 32)
         ),
         pytest.param(
             [config(latent_penalty=1.0), config(latent_penalty=2.0)],
-            [f"{OURS}, latent penalty 1.0", f"{OURS}, latent penalty 2.0"],
+            [
+                OURS.replace("placement after", "placement after, latent penalty 1.0"),
+                OURS.replace("placement after", "placement after, latent penalty 2.0"),
+            ],
             id="a key of a fork",
         ),
     ],
@@ -118,7 +122,7 @@ def test_another_decoder_is_named(tmp_path):
 
 def test_a_key_of_a_fork_at_its_value_in_older_runs_is_not_named(tmp_path, monkeypatch):
     """A run of the fork without the change is not on one line with the runs before it."""
-    monkeypatch.setitem(entries.BEFORE, "method.latent_penalty", 0.0)
+    monkeypatch.setitem(record.BEFORE, "method.latent_penalty", 0.0)
     write(tmp_path, [config(), config(latent_penalty=0.0)])
     assert labels(tmp_path) == [OURS, OURS]
 
@@ -142,8 +146,11 @@ def test_a_control_of_a_frozen_decoder_is_of_no_kind(tmp_path):
 @pytest.mark.parametrize(
     "method, words",
     [
-        ({"prompt_end": "Answer:"}, "after 'Answer:', without the steps"),
-        ({"visible_text": 8}, "8 tokens of the text visible"),
+        (
+            {"prompt_end": "Answer:"},
+            "after 'Answer:', distilled with weight 0.5, without the steps",
+        ),
+        ({"visible_text": 8}, "8 tokens of the text visible, distilled with weight 0.5"),
     ],
 )
 def test_the_heading_of_an_evaluation_names_the_text(method, words):
@@ -190,5 +197,5 @@ def test_runs_alone_are_drawn_where_there_is_no_line(lines):
     """Nothing is drawn, or coprocessors of different size are joined."""
     drawn = lines("8", "resized")
     rest = "16 ahead tokens, step 180, seed 3, on seen"
-    assert drawn[f"resized, after, num layers 1, {rest}"] == [8]
-    assert drawn[f"resized, after, num layers 2, {rest}"] == [16]
+    assert drawn[f"resized, placement after, coprocessor of num layers 1, {rest}"] == [8]
+    assert drawn[f"resized, placement after, coprocessor of num layers 2, {rest}"] == [16]

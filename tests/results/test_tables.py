@@ -118,7 +118,7 @@ def test_the_table_of_coprocessors(by_name):
     labels = [row[0] for row in ours(by_name["5_coprocessors"])]
     kinds = {label.split(",")[0] for label in labels}
     assert kinds == {"frozen decoder", "trained decoder", "cache augmentation", "from scratch"}
-    assert any("rank 64" in label for label in labels)
+    assert any("adapters of rank 64" in label for label in labels)
 
 
 def test_a_table_without_a_run_of_ours_says_so(by_name):

@@ -12,7 +12,8 @@ PROVENANCE = {
     "versions": {},
 }
 HOSTILE = 'lines:<script>alert("$x$")</script>|*.txt'  # the name of a source
-OURS = "cache augmentation, after, 16 ahead tokens, step 180, seed 3"  # the label of config()
+# The label of config().
+OURS = "cache augmentation, placement after, 16 ahead tokens, step 180, seed 3"
 
 
 def config(name="cache_augmentation", latents=8, ahead=16, **method):
