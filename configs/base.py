@@ -63,7 +63,7 @@ def get_config() -> ConfigDict:
     c.optimizer = ConfigDict()  # linear warm-up, then cosine; the paper's is not published
     c.optimizer.name = "adamw"  # "adamw", "adafactor", "muon": OPTIMIZERS in delib/optimizer.py
     c.optimizer.learning_rate = 1e-3  # the peak
-    c.optimizer.soft_token_learning_rate = 1e-3  # the peak for soft tokens, not for keys and values
+    c.optimizer.soft_token_learning_rate = 1e-3  # the peak for soft tokens; others: learning_rate
     c.optimizer.warmup_steps = 1000  # the first of them has rate 0
     c.optimizer.final_fraction = 0.1  # of the peak rate, at the last step
     c.optimizer.b1 = 0.9  # b1, b2, eps: AdamW's; b1 is Muon's momentum as well
@@ -95,8 +95,8 @@ def get_config() -> ConfigDict:
     c.compute = ConfigDict()
     c.compute.cpu_devices = 1  # devices that a CPU is split into; 2 are faster for small models
     c.compute.dtype = "bfloat16"  # of activations and frozen weights; master weights are float32
-    # auto: a kernel that is proven on this card, else xla. Or one by name: reference, xla,
-    # pallas_gpu, pallas_tpu, tokamax_gpu.
+    # auto: a kernel that has passed its check on this card (docs/performance.md), else xla. Or one
+    # by name: reference, xla, pallas_gpu, pallas_tpu, tokamax_gpu.
     c.compute.attention = "auto"
     # What the backward pass computes again instead of storing it. none: nothing; dots: all but
     # products and attention; attention: all but attention; full: everything.

@@ -3,7 +3,8 @@
 `launch/paper.sh` prepares, trains, evaluates and reports them; `python -m configs.paper` lists
 them. Validation is by work, or by problem: nothing is trained on any part of a work that is
 evaluated, or on a problem that is asked. Keys that neither protocol nor row sets have the values of
-base.py; only the placement is `overlay`.
+base.py, with three exceptions: the placement is `overlay`, the token files are the protocol's, and
+all checkpoints are kept.
 """
 
 import dataclasses
@@ -122,7 +123,7 @@ LAB = MUON | {  # two CPU cores
     "evaluate.max_pieces": 2000,
     "evaluate.max_positions": 16,
 }
-LAB_GPU = MUON | {  # one GPU; the laboratory's optimizer and proportions
+LAB_GPU = MUON | {  # one GPU; optimizer and proportions of `lab`
     "data.sources": (
         "hf:allenai/c4/realnewslike:train:text",  # 38 GB of news
         "hf:HuggingFaceFW/fineweb-edu/sample-10BT:train:text",  # some 48 GB of pages that teach
@@ -246,7 +247,7 @@ PROTOCOLS = {
     # Latents instead of steps: the packaged decoder learns to answer in written steps. Then each
     # experiment learns to answer at once. The decoder that has read the steps teaches `distilled`.
     "hops": Protocol("gemma2_160k", LAB | HOPS, PRETRAIN_LAB | FURTHER | PRETRAIN_HOPS),
-    # A real decoder: SmolLM2-135M as it was published. Nothing but the coprocessor is trained.
+    # A real decoder: SmolLM2-135M as it was published; nothing is pretrained.
     "plus_minus": Protocol("smollm2_135m", PLUS_MINUS),
     # SmolLM2-135M on the mixture, which is not what it was pretrained on; one GPU.
     "b": Protocol("smollm2_135m", GPU | MIXTURE | {"decoder.path": "runs/smollm2_135m/decoder"}),
@@ -304,7 +305,7 @@ EXPERIMENTS = {  # launch/paper.sh reads the names from these lines
     "static_tokens_x4": {"method.name": "static_tokens", "train.steps": lambda steps: steps * 4},
     "pause_tokens": {"method.name": "pause_tokens"},
     # Named as future work by the paper: latents one after another, and a coprocessor of another
-    # depth than the decoder's. The latter begins with random weights: compare it with from_scratch.
+    # depth than the decoder's. That one starts from random weights: compare it with from_scratch.
     "sequential": {"method.name": "sequential"},
     "half": {"method.name": "resized"},
     "double": {"method.name": "resized"},
@@ -314,8 +315,9 @@ EXPERIMENTS = {  # launch/paper.sh reads the names from these lines
     "joint": {"method.name": "joint"} | SLOW,
     "unified": {"method.name": "unified"} | SLOW,
     "unified_fast": {"method.name": "unified"},
-    # Related methods (docs/method.md): latent tokens, of which a training trace has 16 too; SoftCoT
-    # and Cache-to-Cache, which need a second decoder of the same vocabulary; Cartridges; Coconut.
+    # Related methods (docs/method.md): latent tokens (with 16 ahead tokens a trace has 16 of them);
+    # SoftCoT and Cache-to-Cache, which need a second decoder of the same vocabulary; Cartridges;
+    # Coconut.
     "latent_tokens": {
         "method.name": "latent_tokens",
         "method.placement": "shared",
@@ -342,7 +344,7 @@ EXPERIMENTS = {  # launch/paper.sh reads the names from these lines
     "adapt_decoder": {"method.name": "decoder"} | TASKS,
     "adapt_coprocessor": {"method.start": "runs/paper/{protocol}/overlay@0/checkpoints/{steps}"}
     | TASKS,
-    # The decoder itself, from random weights.
+    # The decoder itself, from random weights, or from the packaged decoder's (FURTHER).
     "pretrain": {
         "seed": 1000,  # the experiments read the same text, and must not read it in the same order
         "decoder.path": "",

@@ -62,8 +62,8 @@ def convert(
 ) -> None:
     """Converts one checkpoint; `out` appears only when it is complete.
 
-    Host memory holds one tensor at a time; a coprocessor, and the decoder below its adapters, are
-    held whole.
+    Host memory holds one tensor at a time. A coprocessor, however, is held whole; if it has
+    adapters, so is the model that they are added to.
 
     Args:
       source: a checkpoint, as in this module's docstring.
@@ -219,7 +219,7 @@ def export_coprocessor(workdir: str, out: Path) -> None:
 def evaluation_of(workdir: str, record: Record) -> dict[str, Any] | None:
     """Returns the evaluation of a checkpoint in its workdir.
 
-    It is None where there is none, one of another training, or one that a version before 0.2 wrote.
+    Returns None without an evaluation, or with one of another training or of a version before 0.2.
     """
     file = epath.Path(workdir) / "perplexity.json"
     found = json.loads(file.read_text()) if file.exists() else {}

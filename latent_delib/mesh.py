@@ -4,7 +4,7 @@ Models name the logical axes of their arrays. The three tables of rules below sa
 split each logical axis.
 
 Elsewhere mesh axes are named only where a user chooses a mesh: in `config.mesh`, in the flags of
-generate, and in the search over meshes.
+generate and benchmark, and in the search over meshes.
 """
 
 import math

@@ -63,7 +63,7 @@ run() {
 
 keep() {
   local code=0
-  ! listed FINISHED || xpk_workload delete --workload="$name" --force # what it was before is over
+  ! listed FINISHED || xpk_workload delete --workload="$name" --force # an earlier job of this name
   listed EVERYTHING || run
   for ((try = 1; try <= RETRIES; try++)); do
     code=0

@@ -87,7 +87,7 @@ extras=(eval gguf mixture report tasks)
 ./launch/setup.sh "${extras[@]}"
 run() { echo "== $*" && .venv/bin/python -m "$@"; }
 
-prepare() { # PROTOCOL EXPERIMENT: the decoder and the tokens, which the laboratories share
+prepare() { # PROTOCOL EXPERIMENT: the decoder and the tokens; lab, lab_58k and lab_23k share their tokens
   local gguf tokens=runs/paper/${1%%_[0-9]*}/tokens
   if [[ ! $1 =~ ^(depth|questions|hops|plus_minus)$ && ! -e runs/mixture/MIXTURE.md ]]; then
     run tools.make_mixture --out=runs/mixture
@@ -106,7 +106,7 @@ prepare() { # PROTOCOL EXPERIMENT: the decoder and the tokens, which the laborat
   fi
   local file=runs/questions/${1/questions/countdown}.train.jsonl
   if [[ $1 =~ ^(questions|hops|plus_minus)$ && ! -e $file ]]; then
-    [[ ! -e runs/questions ]] || die "runs/questions has no ${file##*/}; remove the folder, and it is made anew"
+    [[ ! -e runs/questions ]] || die "runs/questions has no ${file##*/}; remove the folder, and run this again"
     run tools.make_questions --out=runs/questions
   fi
   if [[ $1 =~ ^(plus_minus|b)$ && ! -e runs/smollm2_135m/decoder ]]; then
@@ -120,7 +120,7 @@ prepare() { # PROTOCOL EXPERIMENT: the decoder and the tokens, which the laborat
   if [[ ! -e $tokens/meta.json ]]; then
     run latent_delib.prepare --config="configs/paper.py:$1/$its_own" --config.data.token_files= --out="$tokens"
   fi
-  local others='' # what rows read where it is not what the decoder was trained on
+  local others='' # the token files of experiments that read another text than `pretrain`
   case $1 in
     depth) others=far_tokens ;;
     hops) others=answer_tokens ;;

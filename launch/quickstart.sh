@@ -7,7 +7,7 @@
 #   CONFIG=X ./launch/quickstart.sh                                          # configs/X.py, under runs/X
 #   FROZEN=1 ./launch/quickstart.sh                                          # evaluates the plain decoder as well
 #
-# With FROZEN=1 the plain decoder's table is in RUN/frozen; of --config.method.* it gets prompt_end alone.
+# With FROZEN=1 the plain decoder's table is in RUN/frozen. Its evaluation gets only prompt_end of the keys of method.
 # shellcheck source=common.sh
 source "$(dirname "$(readlink -f "$0")")/common.sh"
 overrides "$@"

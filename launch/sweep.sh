@@ -46,8 +46,8 @@ for key in "${REST[@]:2}"; do
   runs=("${grid[@]}")
 done
 
-# What each is called and what it comes to. No $( ) once something runs: a signal that arrives while bash 5.2 reads one
-# ends the script with a syntax error, and leaves what runs running.
+# The name and the command of each run. No $( ) once a run has started: a signal that arrives while bash 5.2 reads one
+# ends the script with a syntax error, and the started runs go on.
 names=() commands=() finished_commands=()
 for line in "${runs[@]}"; do
   IFS=$'\t' read -ra settings <<<"$line"

@@ -25,7 +25,7 @@
 #   --fetch=gs://...     a folder that `setup` copies to every worker, into runs/: a decoder
 #   --restarts=10        how often `keep` starts a dead job again; preemptions and code 75 do not count
 #   --delete             `keep` deletes the slice when the job is done or has failed
-#   --worker=all         the worker to show; of several slices, in the first, which has process 0
+#   --worker=all         the worker whose log is shown; with several slices, a worker of the first, which has process 0
 #   --dry_run            prints the commands, one per line, and runs none
 #
 # Environment: LATENT_DELIB_PROJECT, LATENT_DELIB_ZONE; see also common.sh.

@@ -186,7 +186,7 @@ def test_killed_and_continued(make_config, trained, alone, batches, tmp_path, ca
         (line,) = capsys.readouterr().err.splitlines()
         assert (
             line.startswith(f"warning: {folder / 'partial.npz'} is {problem}")
-            and "begins anew" in line
+            and "starts from the beginning" in line
         )
         assert_same(folder, alone[step])
 

@@ -12,7 +12,7 @@ from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.data.tokenizer import fingerprint as fingerprint_of_tokenizer
 from latent_delib.errors import UserError
 
-SPREAD = 16  # of so many rows of held-out text that are read, one is taken
+SPREAD = 16  # held-out text: of this many rows that are read, one is used
 MOST_READ = 16_384  # rows of held-out text that are read, unless more are asked for
 
 
@@ -81,10 +81,10 @@ class Training:
         batches before it yields one. Use token files for many hosts and for long runs.
 
         Bad records are skipped and counted up to `data.max_bad_records`. A document is bad if it is
-        not UTF-8, holds NUL characters, or becomes BOS or padding in the tokenizer. It is skipped
-        whole, and every process counts all bad documents. A row of token files is bad if it is
-        damaged or holds an id outside the vocabulary. It becomes padding, and each process counts
-        its own bad rows.
+        not UTF-8, holds NUL characters, becomes BOS or padding in the tokenizer, or, in a source of
+        questions, has another form. It is skipped whole, and every process counts all bad
+        documents. A row of token files is bad if it is damaged or holds an id outside the
+        vocabulary. It becomes padding, and each process counts its own bad rows.
 
         Args:
           batch_size: rows per batch, over all processes.
@@ -131,9 +131,9 @@ def validation_documents(
 def validation_rows(data: Any, *, tokenizer: Tokenizer, count: int) -> dict[str, np.ndarray]:
     """Returns rows of held-out text, always the same rows, packed as training rows are.
 
-    Each source of `data.validation` gives an equal share of the rows. SPREAD times as many are read
-    from its beginning, and every SPREAD-th is taken; fewer are read where all sources together
-    would pass MOST_READ. Each source may have `data.max_bad_records` bad records.
+    Each source of `data.validation` gives an equal share of the rows. SPREAD times as many rows are
+    read from its beginning, and every SPREAD-th row is used. Fewer are read if all sources together
+    would exceed MOST_READ. Each source may have `data.max_bad_records` bad records.
 
     Args:
       data: config.data.

@@ -22,7 +22,7 @@ def checked(name: str, messages: Any) -> list[dict[str, str]]:
     """Returns messages as a list of dicts.
 
     Raises:
-      UserError: a message has another form than {"role": TEXT, "content": TEXT}, or there is none.
+      UserError: there are no messages, or one is not of the form {"role": TEXT, "content": TEXT}.
     """
     found = arguments.several(name, messages)
     for i, message in enumerate(found):

@@ -1,10 +1,10 @@
 """The order of training rows: row i is a function of (seed, i), found without a list of all rows.
 
 A source may have 1e8 rows or more, so its rows are never listed and shuffled. Instead a keyed
-permutation gives the place of a single row. It is a Feistel network, which maps the numbers of an
-even number of bits to each other, one to one. A result that is not below the number of rows is
-scrambled again until it is (cycle walking: J. Black and P. Rogaway, "Ciphers with arbitrary finite
-domains", 2002). The hash function inside is the one of splitmix64.
+permutation gives the place of a single row. It is a Feistel network: a one-to-one map of all
+numbers with an even number of bits. A result that is not below the number of rows is mapped again,
+until it is (cycle walking: J. Black and P. Rogaway, "Ciphers with arbitrary finite domains", 2002).
+The network uses the hash function of splitmix64.
 """
 
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Packs documents into rows of tokens, numbers the pieces of rows, counts bad records: numpy only.
+"""Packs documents into rows of tokens, numbers their pieces, counts bad records; needs numpy alone.
 
 A *stream* is all documents one after the other, each after a BOS. A *row* is `length` tokens of the
 stream; a row that begins inside a document begins with BOS too. So every row consists of pieces
@@ -138,9 +138,9 @@ def packed(
     Args:
       documents: int32 [n] each, without BOS.
       length: number of tokens in a row.
-      whole: whether documents are kept whole. A document that does not fit into the row begun so
-        far then begins the next row. One that is longer than a row loses its end: in the next row
-        that would be the end of a question without its beginning.
+      whole: whether documents are kept whole. If so, a document that does not fit into the current
+        row begins the next row. A document that is longer than a row loses its end: otherwise the
+        next row would hold the end of a question without its beginning.
     """
     room = length - 1  # tokens of a row after its BOS
 

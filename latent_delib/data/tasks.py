@@ -35,7 +35,7 @@ def endless_documents(
 
     Each epoch has the parts of the source in another order, decided by `key`; within a part the
     order stays. Where one part is open at a time (see `Reader.cycle`), the parts keep their order
-    too: they may be divided otherwise on another machine.
+    too, because another machine may divide the source into other parts.
     """
     for epoch in itertools.count():
         parts = reader.parts

@@ -101,7 +101,7 @@ def texts_of_part(reader: Reader, part: str) -> Iterator[Text]:
 def texts(reader: Reader, parts: Iterable[str] | None = None) -> Iterator[Text]:
     """Yields every text of a source once, or of some of its parts, in their order.
 
-    In turn, a block is read from each open part. `reader.cycle` parts are open at a time. When one
+    `reader.cycle` parts are open at a time. A block of texts is read from each in turn. When a part
     has ended, the next part takes its place.
     """
     names = reader.parts if parts is None else parts

@@ -282,8 +282,8 @@ def _open(
     meta = read_meta(where)
     if meta is None:
         raise UserError(
-            f"config.data.token_files: no {where}/meta.json, which is written last; "
-            f"run python -m latent_delib.prepare with --out={where} to its end"
+            f"config.data.token_files: {where} has no meta.json, which is written last; "
+            f"run python -m latent_delib.prepare with --out={where} until it is done"
         )
     _check_fits(meta, where, data.seq_len, tokenizer)
     numbers = {entry["source"]: number for number, entry in enumerate(meta[split])}
@@ -317,7 +317,7 @@ def _check_fits(meta: dict, where: str, seq_len: int, tokenizer: Tokenizer) -> N
         raise UserError(
             f"config.data.token_files: {where} was prepared with tokenizer sha256 "
             f"{meta['tokenizer_sha256']}, {tokenizer.path} has {found}; "
-            "set config.decoder.tokenizer to the former, or prepare them again"
+            "name that tokenizer in config.decoder.tokenizer, or prepare the token files again"
         )
 
 

@@ -158,7 +158,8 @@ class Tokenizer:
     def decode_in_text(self, ids: Sequence[int]) -> str:
         """Returns the text of token ids that follow other text.
 
-        Where `encode` adds a space, `decode` leaves out one that a text begins with; this keeps it.
+        If `encode` adds a space before a text, `decode` drops a space at the start of a text. This
+        function keeps that space.
         """
         if not self._adds_space:
             return self.decode(ids)

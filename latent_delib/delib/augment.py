@@ -87,9 +87,9 @@ class Augmentation:
 
     @property
     def without_latents(self) -> "Augmentation":
-        """Returns a copy without latents: x_p is read again, and ahead tokens follow it.
+        """Returns a copy without latents: the last text token is read again, then ahead tokens.
 
-        They see no more of the text than with latents.
+        Ahead tokens see no more of the text than they do with latents.
         """
         return dataclasses.replace(self, num_latents=0, placement="overlay")
 

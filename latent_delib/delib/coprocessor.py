@@ -8,9 +8,9 @@ Latents are vectors z [B, M, L, D], which enter the decoder where token embeddin
 scaled again; or they are keys and values for each decoder layer (`Inserted`). In every `write_...`
 function, `params` is the dict of `delib.augment`.
 
-Each decoder layer norms its inputs. So a shorter latent need not have a smaller effect, and one of
-length 0 still has one. To weaken latents to nothing, scale values (`Inserted`) or lower attention
-scores.
+Each decoder layer normalizes its inputs. So a latent with a smaller norm need not have a smaller
+effect, and even a latent of zeros has an effect. To weaken latents until they have none, scale
+their values (`Inserted`) or lower attention scores.
 """
 
 from __future__ import annotations

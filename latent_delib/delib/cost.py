@@ -33,7 +33,7 @@ def step_flops(
       aug: the method and both models.
       batch: rows.
       seq_len: tokens per row.
-      num_traces: traces per row, equally often at each place.
+      num_traces: traces per row; every position of a row is assumed to be equally likely.
       num_ahead: ahead tokens per trace.
 
     Returns:

@@ -18,7 +18,7 @@ def per_token(c: TransformerConfig) -> int:
 def per_token_beyond_cache(c: TransformerConfig) -> int:
     """Returns the part of `per_token` that the keys and values of the layers do not need.
 
-    It is that of the last layer, except the products that make its keys and values.
+    This part is the products of the last layer, except those that make its keys and values.
     """
     keys_and_values = 4 * c.embed_dim * c.num_kv_heads * c.head_dim
     return per_token(c) // c.num_layers - keys_and_values
@@ -32,8 +32,8 @@ def attention(
 ) -> float:
     """Returns the forward FLOPs of one query's attention in all layers, or in `layers`.
 
-    The figure is the mean over all places of the query among `length` tokens, of which it sees the
-    last `visible`; 0: all before it.
+    The figure is the mean over all positions of the query among `length` tokens. The query sees
+    the last `visible` tokens before it; 0: all of them.
     """
 
     def keys_seen(is_local: bool) -> float:

@@ -39,7 +39,8 @@ class Method(NamedTuple):
       latents of another text; and only if they are not keys.
     reads_outputs: the latents depend on the decoder's outputs, not only on its cache.
     has_matrices: matrices are trained. Only then can low-rank adapters replace them.
-    starts_random: the coprocessor begins with random matrices, on which no adapter can build.
+    starts_random: the coprocessor begins with random matrices. Adapters then need `method.start`,
+      the checkpoint of a trained one.
     own_size: the coprocessor may have another architecture than the decoder, so adapters cannot
       build on the decoder's layers.
     has_assistant: another frozen decoder, the assistant, reads the text too. The coprocessor has
@@ -102,7 +103,7 @@ def param_axes(method: str) -> Mapping[str, Axes]:
     return PARAM_AXES | own
 
 
-# Of methods whose latents are trained vectors, whatever the text.
+# Fields of methods whose latents are trained weights that do not depend on the text.
 _VECTORS: dict[str, Any] = dict(cost=flops.no_pass, reads_text=False, has_matrices=False)
 METHODS = {
     # The decoder alone; its training is ordinary language modelling.

@@ -103,7 +103,7 @@ def train_step(
     frozen = augment.with_whole_tables(aug, frozen)  # before the loop over parts
 
     def loss_sum(trained: Params, part: TracedBatch) -> tuple[jax.Array, jax.Array]:
-        # Trained tables are gathered here, so that their gradients are sharded as they are.
+        # Trained tables are gathered here, so that their gradients are sharded like the tables.
         params = augment.assemble(frozen, augment.with_whole_tables(aug, trained))
         return _loss_sum(objective, params, part)
 

@@ -93,7 +93,7 @@ def replaces_steps(m: ConfigDict) -> bool:
 
 
 def _check_values(config: ConfigDict) -> None:
-    """Raises UserError for None, infinity, NaN, and integers of 2**31 or more but seeds."""
+    """Raises UserError for None, infinity, NaN, and integers of 2**31 or more, except seeds."""
     for key in keys_of(config):
         value = value_of(config, key)
         if value is None:
@@ -155,8 +155,9 @@ def _check_method(m: ConfigDict) -> None:
         )
     if m.start and m.lora_rank and row.trains_decoder:
         raise UserError(
-            f"config.method.start={m.start}: a decoder's adapters are added to the decoder of "
-            "config.decoder.path alone; leave it empty, or set config.method.lora_rank=0"
+            f"config.method.start={m.start}: adapters of a decoder can be added only to the one in "
+            "config.decoder.path, not to a checkpoint; leave it empty, or set "
+            "config.method.lora_rank=0"
         )
     if m.lora_rank and not row.has_matrices:
         raise UserError(
@@ -165,8 +166,8 @@ def _check_method(m: ConfigDict) -> None:
     if m.lora_rank and (row.starts_random or row.own_size) and not m.start:
         raise UserError(
             f"config.method.lora_rank={m.lora_rank}: a coprocessor of method {m.name!r} does not "
-            "start from the decoder's layers; expected config.method.start, a trained one to which "
-            "adapters are added"
+            "start from the decoder's layers; expected the checkpoint of a trained coprocessor in "
+            "config.method.start, to add adapters to it"
         )
     if m.max_delay and row.writes_latents:
         _require_movable("method.max_delay", m.max_delay, m.name)

@@ -172,8 +172,9 @@ def note_on_attention(form: str, config: ConfigDict, topology: str) -> str:
     if not topology or form == "xla" or config.compute.attention != "auto":
         return ""
     return (
-        f"compiled with attention {form}: with config.compute.attention=auto a job takes it only "
-        f"where it is proven, and else xla; to get this program, set it to {form}\n"
+        f"compiled with attention {form}: with config.compute.attention=auto a job uses {form} "
+        "only on chips where it has passed its check, and xla on others; to get this program, set "
+        f"config.compute.attention={form}\n"
     )
 
 

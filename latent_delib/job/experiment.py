@@ -62,7 +62,7 @@ class Experiment:
 
     @property
     def steps_end(self) -> tuple[int, ...]:
-        """Returns the tokens that end the steps, where latents replace these; otherwise none."""
+        """Returns the tokens that end the written steps, if latents replace them; else none."""
         return questions.steps_end(self.tokenizer) if replaces_steps(self.config.method) else ()
 
     @property

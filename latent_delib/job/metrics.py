@@ -149,7 +149,8 @@ class Metrics:
         elif not (self.predicted or self.saved):
             raise UserError(
                 f"step {step}: no token was predicted since step {self.row_begin}: no document "
-                f"has text after {self.prompt_end}; within a line, write the space before it too"
+                f"has text after {self.prompt_end}; if the words stand within a line, begin "
+                "prompt_end with their space"
             )
 
     def _skip(self, problem: str) -> None:
@@ -165,7 +166,7 @@ class Metrics:
             )
         saved = f"step {self.saved} is saved" if self.saved else "nothing is saved yet"
         raise UserError(
-            f"{problem}; {saved}; expected config.train.max_bad_steps above 0, or a lower learning "
+            f"{problem}; {saved}; set config.train.max_bad_steps above 0, or use a lower learning "
             "rate in another --workdir"
         )
 

@@ -20,7 +20,7 @@ from latent_delib.machine.progress import Progress
 from latent_delib.weights import locate, tokenizer_files
 
 SPLITS = ("train", "validation")
-OTHER_FOLDER = "name another folder: --out of prepare, --workdir of train --text"
+OTHER_FOLDER = "name another folder (--out for prepare, --workdir for train with --text)"
 COUNTS = ("documents", "tokens", "rows", "cut", "skipped")  # printed for each source at the end
 
 

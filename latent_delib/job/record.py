@@ -81,8 +81,8 @@ AGREE = {
         "evaluate.temperature",
     ),
 }
-# The value a key has in a run that is older than the key. A new key of `method` or `optimizer`
-# needs a line, or no older run can go on.
+# The value that a key has in runs older than the key. A new key of `method` or `optimizer` needs
+# a line here: otherwise no older run can be resumed.
 BEFORE = {
     "evaluate.temperature": 1.0,
     "method.assistant": "",

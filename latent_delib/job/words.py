@@ -6,8 +6,8 @@ from typing import Any
 from latent_delib.delib.methods import METHODS
 from latent_delib.job.record import BEFORE
 
-# What a key of `method` adds to the words, given its value. A key that is in neither of these two,
-# such as a fork's, is named as it is.
+# Key of `method` -> its phrase, given its value. A key that is neither here nor in GIVEN, such as
+# one that a fork has added, is named as it is.
 PHRASES = {
     "placement": "placement {}",
     "every": "again after each {} tokens",

@@ -20,7 +20,7 @@ from latent_delib.nn.attention.forms import FORMS
 _END = "the decoder's table of learned positions ends there"
 ATTENTION_FLAG = (
     "auto",
-    f"form of attention: auto (a proven kernel, else xla), {', '.join(FORMS)}",
+    f"form of attention: auto (a kernel that passed its check, else xla), {', '.join(FORMS)}",
 )
 Prompt = str | Sequence[int]  # text, to which BOS is added; or token ids as they are
 
@@ -80,8 +80,8 @@ def check_joining(
       method: the model's method; None: no model is loaded yet.
 
     Raises:
-      UserError: both `every` and `own` are set; latents would join after the next ones are due; or
-        they would join late, but hold their position.
+      UserError: both `every` and `own` are set; `delay` is not less than the number of tokens
+        between latents; or latents would join late, but are keys, which depend on their position.
     """
     every = arguments.whole("every", every, 0)
     if own and every:

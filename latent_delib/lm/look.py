@@ -102,10 +102,11 @@ def attention(
         read as in training.
 
     Returns:
-      The map of the coprocessor's call: its rows are the L latents. It is None where a method has
-      no coprocessor, or calls it in a loop. Then the map of the decoder's call: its rows are the
-      latents as the decoder reads them and the tokens after them, or the tokens alone where latents
-      are keys and values. Columns are the text up to `at`, then the latents, then the tokens.
+      Two maps. The first is that of the coprocessor's call, with a row for each of the L latents;
+      None where a method has no coprocessor, or calls it in a loop. The second is that of the
+      decoder's call, with a row for each latent and each token after the latents, or for each token
+      alone where latents are keys and values. Columns are the text up to `at`, then the latents,
+      then, in the second map, the tokens.
 
     Raises:
       UserError: the model writes no latents; `tokens` are not integers of the vocabulary; `at` is

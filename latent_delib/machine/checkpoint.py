@@ -40,10 +40,11 @@ class Restored(NamedTuple):
 class Checkpoints:
     """Saves and restores the checkpoints of one run, in WORKDIR/checkpoints/STEP.
 
-    A checkpoint holds each tree that `save` is given, under its name; "meta", JSON that
-    describes the run; and "contents", JSON by which damage is found. To store one more tree, pass
-    it to `save` and to `restore_newest`. A save is asynchronous. Its folder appears only once it
-    is whole, so an interrupted save leaves the checkpoint before it as the newest.
+    A checkpoint holds each tree that `save` is given, under its name. It also holds "meta", JSON
+    that describes the run, and "contents", JSON with the types and checksums that reveal damage. To
+    store one more tree, pass it to `save` and to `restore_newest`. A save is asynchronous. Its
+    folder appears only once it is whole. So after an interrupted save the checkpoint before it is
+    still the newest.
 
     Args:
       workdir: a local folder, or gs://BUCKET/PATH.
@@ -169,7 +170,7 @@ class Checkpoints:
                 self._put_aside(damaged, used=at)
                 return restored
             damaged[at] = damage
-        # All folders keep their names, or the next try would start from scratch.
+        # No folder is renamed: otherwise the next try would find no checkpoint, and start anew.
         each = ", ".join(f"checkpoint {bad} is damaged ({why})" for bad, why in damaged.items())
         others = [at for at in there if at not in damaged]
         remedy = f"name another step, one of {others}" if others else "there is no other"
@@ -264,8 +265,8 @@ class Checkpoints:
             (self.path / name).unlink()
         if "False" in seen:
             raise UserError(
-                f"--workdir={self.workdir}: process {seen.index('False')} sees another folder "
-                "there than process 0; expected a shared one"
+                f"--workdir={self.workdir}: process {seen.index('False')} does not see the folder "
+                "of process 0; expected a folder that all processes share"
             )
 
 

@@ -80,7 +80,7 @@ def check_free(folder: Path, replace: bool = False) -> None:
     """
     if str(folder).partition("/")[0].endswith(":"):
         given = str(folder).replace(":/", "://", 1)
-        raise UserError(f"{given}: expected a local folder; copy that there")
+        raise UserError(f"{given}: expected a local folder; write to one, then copy it to {given}")
     if folder.is_mount():
         raise UserError(f"{folder}: a mount point cannot be replaced; name a folder in it")
     if folder.exists() and not folder.is_dir():
@@ -159,11 +159,11 @@ def is_folder(path: epath.Path) -> bool:
 
 
 def check_writable(folder: str) -> None:
-    """Checks that a local folder can be written or made, before the work whose results it gets.
+    """Checks that a local folder can be written or made, before work whose results go there.
 
     Raises:
-      UserError: a file is in place of the folder or of one above it; or the innermost of these
-        folders that exists cannot be written.
+      UserError: a file is in place of the folder or of one above it; or the folder, or the nearest
+        one above it that exists, cannot be written.
     """
     if "://" in folder:
         return

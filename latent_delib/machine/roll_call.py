@@ -44,7 +44,7 @@ def find_place(seconds: float) -> tuple[str, int, int]:
     if None in (address, count, index):
         raise UserError(
             "--distributed: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID are not "
-            "all set, and no Cloud TPU, GKE or Slurm is found that knows them"
+            "all set, and no cluster was found that sets them (Cloud TPU, GKE, Slurm)"
         )
     port = re.fullmatch(r".+:(\d+)", address)
     if port is None or int(port[1]) > 65535:

@@ -31,7 +31,7 @@ def read_meta(workdir: str, step: int | None = None) -> dict[str, Any]:
     steps = sorted(whole_steps(workdir))
     if not steps:
         why = why_no_checkpoint(workdir)
-        raise UserError(f"--workdir={workdir}: {why}; a decoder alone needs a --config")
+        raise UserError(f"--workdir={workdir}: {why}; for a decoder alone, give a --config")
     if step is not None and step not in steps:
         raise UserError(f"--workdir={workdir}: no checkpoint of step {step}; there are {steps}")
     for number in reversed(steps) if step is None else [step]:

@@ -164,7 +164,7 @@ def _read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _read_object(line: bytes) -> dict[str, Any]:
-    """Reads a line; raises ValueError if it is no JSON object, or its right choice is none."""
+    """Reads a line; raises ValueError unless it is a JSON object whose `gold` names a choice."""
     row = json.loads(line)
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, not {type(row).__name__}")

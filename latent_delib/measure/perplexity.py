@@ -164,7 +164,7 @@ class PartialSums:
                     return sums, int(saved["done"])
         except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             problem = f"damaged ({' '.join(str(error).split())})"
-        warn(f"{self.file} is {problem}: the evaluation begins anew")
+        warn(f"{self.file} is {problem}: the evaluation starts from the beginning")
         return zeros, 0
 
     def remove(self) -> None:

@@ -102,8 +102,8 @@ def at_temperature(
 ) -> tuple[Augmentation, Params, jax.Array, jax.Array]:
     """Returns the arguments of a `Score` changed so that the logits are divided by a temperature.
 
-    They are cap * tanh(x . table / cap), so the outputs x and the softcap are divided by it. In
-    bfloat16 a temperature near 1 would be rounded to 1, so x becomes float32.
+    The logits are cap * tanh(x . table / cap), so the outputs x and the softcap are divided by the
+    temperature. In bfloat16 a temperature near 1 would be rounded to 1, so x becomes float32.
     """
     config = aug.decoder.config
     scaled = dataclasses.replace(config, final_softcap=config.final_softcap / temperature)

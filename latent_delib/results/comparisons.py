@@ -18,8 +18,8 @@ class Comparison(NamedTuple):
     lines: the published lines.
     about: the kinds that the table is about. If no run is of these, it has published lines alone.
     beside: the kinds shown with them.
-    same_checkpoint: whether to show decoders, and the checkpoints of runs in `about` with latents
-      that come at once or late, instead of the kinds.
+    same_checkpoint: whether to show, besides decoders, only runs of the checkpoints that are in
+      `about`, with latents that come at once or late.
     """
 
     name: str

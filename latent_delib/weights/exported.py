@@ -73,7 +73,7 @@ def save(
         unnamed = {t.leaf for t in found} ^ (leaves.keys() - own)
         if unnamed:
             raise ValueError(
-                f"no names for {sorted(unnamed)}; latent_delib/weights/names.py has them"
+                f"no names for {sorted(unnamed)}; add them to latent_delib/weights/names.py"
             )
     entries = {name: (leaves[name].shape, leaves[name].dtype) for name in own}
     for name, parts in body.items():

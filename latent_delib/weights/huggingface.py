@@ -384,7 +384,10 @@ def config_json(c: TransformerConfig, dtype: str, token_ids: Mapping[str, int]) 
         back = dataclasses.replace(back, window=c.window, local_rope_base=c.local_rope_base)
     differing = differences(back, c)
     if differing:
-        raise UserError(f"--to=huggingface: {class_name} has no such form: {'; '.join(differing)}")
+        raise UserError(
+            f"--to=huggingface: {class_name} does not compute this architecture: "
+            f"{'; '.join(differing)}"
+        )
     return fields
 
 

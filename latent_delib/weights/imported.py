@@ -35,7 +35,7 @@ def open_source(where: Path, wanted: TransformerConfig | None = None) -> Source:
         return deepmind.open_source(where, wanted)
     if where.is_dir() and where.parent.name == "checkpoints" and where.name.isdigit():
         raise UserError(f"{where}: is inside the workdir {where.parents[1]}; name that")
-    found = "is a folder with nothing known in it" if where.is_dir() else "does not exist"
+    found = "is a folder without a known decoder" if where.is_dir() else "does not exist"
     raise UserError(
         f"{where}: {found}; expected a GGUF file, a folder with config.json, "
         "an orbax checkpoint of Gemma, or hf:OWNER/NAME"

@@ -43,7 +43,7 @@ MISTAKES = [
     ({"method.start": "runs/x"}, "expected WORKDIR/checkpoints/STEP"),
     (
         {"method.name": "joint", "method.start": "w/checkpoints/1", "method.lora_rank": 2},
-        "config.method.start=w/checkpoints/1: a decoder's adapters are added",
+        "config.method.start=w/checkpoints/1: adapters of a decoder can be added",
     ),
     ({"method.start": "checkpoints/1"}, "expected WORKDIR/checkpoints/STEP"),
     ({"evaluate.swap": True, "evaluate.batch_size": 1}, "config.evaluate.swap"),

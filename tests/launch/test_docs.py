@@ -43,6 +43,13 @@ def code_lines(page: Path) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.startswith("    ")]
 
 
+def running_text(page: Path) -> str:
+    """Returns a page without blocks of code, `code`, comments and the targets of links."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^    .*$", "", text, flags=re.MULTILINE)
+    return re.sub(r"`[^`]*`|<!--.*?-->|\]\([^)]*\)", "", text, flags=re.DOTALL)
+
+
 def is_command(line: str) -> bool:
     """Tells whether a line starts a module or a script of ours, not a loop or an output."""
     starts = re.search(
@@ -75,6 +82,15 @@ def commands() -> dict[str, list[str]]:
                 words = words_of(line, arrays)
                 found[f"{page.relative_to(ROOT)}: {' '.join(words)}"] = words
     return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_command_stands_in_running_text(page):
+    """A paragraph was wrapped together with the commands after it, which nobody can paste."""
+    found = re.findall(
+        r"^.*(?:python -m |\./launch/\w|--\w+=| \\ ).*$", running_text(page), re.MULTILINE
+    )
+    assert found == []
 
 
 def config_of(words: list[str]):

@@ -537,7 +537,7 @@ def test_a_full_disk(saved, monkeypatch):
 def test_a_folder_that_the_processes_do_not_share(saved, monkeypatch):
     """A copy of the run on a disk of its own, for instance."""
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    with pytest.raises(UserError, match="sees another folder there than process 0"):
+    with pytest.raises(UserError, match="does not see the folder of process 0"):
         Checkpoints(str(saved))
 
 

@@ -134,7 +134,7 @@ def test_a_coprocessor_is_exported_and_read_again(
     assert load.read_record(str(tmp_path / "out")) == record
     card = (tmp_path / "out" / "README.md").read_text()
     for words in (
-        "2 latents, placement `after`, step 4",
+        "2 latents, placement after, step 4",
         record.fingerprint,
         "| `train.steps` | 4 |",
     ):

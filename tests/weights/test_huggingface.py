@@ -513,7 +513,7 @@ def test_files_that_are_refused(hf, tmp_path):
     refused(where, out, "config.json", "not JSON")
     refused(tmp_path / "nothing", out, "does not exist")
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", out, "nothing known in it", "or hf:OWNER/NAME")
+    refused(tmp_path / "empty", out, "without a known decoder", "or hf:OWNER/NAME")
     for far in ("gs://bucket/x", "https://huggingface.co/x"):
         refused(far, out, f"{far!r}: expected a local path; download it")
     with pytest.raises(UserError, match="gs://bucket/x: expected a local folder"):

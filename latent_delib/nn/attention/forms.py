@@ -75,8 +75,9 @@ def attend(
     """Computes `primitive.attend` in one of FORMS.
 
     The result is differentiable in every input. Where a kernel does not support the head dim, the
-    dtype, or the gradient of a prefix, "xla" replaces it, with a warning. It also replaces a
-    kernel, silently, where a group has keys before its queries: those of methods that write keys.
+    dtype, or the gradient of a prefix, "xla" replaces it, with a warning. "xla" also replaces a
+    kernel, without a warning, where a group has keys before its queries: in methods that write
+    keys, or that write latents one at a time.
 
     Args:
       q_BMSNH, k_BMUKH, v_BMUKH, prefix, bounds, scale, softcap: as for `primitive.attend`.

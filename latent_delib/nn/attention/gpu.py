@@ -6,7 +6,7 @@ way: a row sees one range of prefix slots and one range of own tokens.
 
 A program holds a block of rows. It walks the key blocks of the prefix, then those of the groups'
 own tokens, from the least start to the greatest stop among its rows. This skips most of the work
-where neighbouring groups have neighbouring positions; any other order is slower, and as correct.
+where neighbouring groups have neighbouring positions. Any other order is slower, but correct too.
 
 The backward pass has two kernels: one for dq, like the forward kernel, and one for dk and dv of
 the groups' own keys. The prefix gets no gradient, so nothing is summed across programs.
@@ -31,7 +31,7 @@ from latent_delib.nn.products import precision
 HEAD_DIMS = (16, 32, 64, 128, 256)
 LOG2E = 1.4426950408889634  # scores are in units of log(2), because the hardware has only exp2
 MASKED = -1e30  # finite: a row that sees no key of a block must not become NaN
-BOUNDED = 60.0  # scores up to this need no maximum subtracted: float32 holds e^60 times 1e12
+BOUNDED = 60.0  # up to this score no maximum is subtracted: float32 holds 1e12 times e^60
 
 
 class _Source(NamedTuple):

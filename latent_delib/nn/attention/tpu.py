@@ -105,8 +105,8 @@ def backward(
     (dq,) = _launch(
         "attention_dq", kernel, plan, operands, per_row, outputs, state, options.interpret
     )
-    # Only a group's own queries see its keys. For traces this is too little work for a kernel; for
-    # text, where the group is all of it, it is not, and XLA is the slower way.
+    # Only a group's own queries see its keys. The group of a trace is short: too little work for a
+    # kernel. The group of a text is the whole text: here XLA is slower than a kernel would be.
     saved = (out_BMSNH, lse_BMSN, dout_BMSNH)
     _, d_own, _ = xla.backward(q_BMSNH, own, None, bounds, *saved, options)
     return _tokens(dq, q_BMSNH.shape), d_own, None

@@ -135,8 +135,9 @@ def backward(
 
     Args:
       q_BMSNH, own, prefix, bounds, options: as for `forward`.
-      out_BMSNH, lse_BMSN: the results of `forward`. For the own keys alone, pass those for the
-        keys of own group and prefix together: then the gradients are shares of the whole.
+      out_BMSNH, lse_BMSN: the results of `forward`. To differentiate through the own keys alone,
+        pass the results for own keys and prefix together. The gradients through own keys and
+        through the prefix then add up to the whole.
       dout_BMSNH: the gradient of the output.
 
     Returns:
@@ -374,7 +375,7 @@ def _first(shared: Keys, i: jax.Array) -> jax.Array:
 def _block(shared: Keys, start: jax.Array, stop: jax.Array, i: jax.Array) -> tuple[Keys, jax.Array]:
     """Returns keys and values [B, K, U, H] of block i, and which of them each query sees.
 
-    The latter is bool [B, c, S, U].
+    What a query sees is bool [B, c, S, U].
     """
     at = _first(shared, i)
     size = min(KEYS, shared[0].shape[2])
