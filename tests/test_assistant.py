@@ -148,7 +148,7 @@ def test_an_exported_coprocessor_finds_its_assistant(config_of, decoder_folder, 
     found = ld.load_coprocessor(str(tmp_path / "out"), assistant=moved)
     np.testing.assert_array_equal(ld.AugmentedLM(decoder, found).latents(*at), expected)
     other = ld.load_coprocessor(str(tmp_path / "out"), assistant=str(decoder_folder))
-    with pytest.raises(UserError, match="assistant is"):
+    with pytest.raises(UserError, match="assistant has fingerprint"):
         ld.AugmentedLM(decoder, other)
 
 
