@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-LOST = 69  # exit code when a process is lost, or a store or the Hub does not answer: run again
+# Exit code when a process or a device is lost, or a store or the Hub does not answer: run again.
+LOST = 69
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells expect
 
 
@@ -59,6 +60,18 @@ def no_memory(error: BaseException) -> str:
     if size is None:
         return "out of device memory"
     return f"out of device memory: {int(size[1]) / 2**30:,.1f} GiB requested at once"
+
+
+# jax's words for a device, or its runtime, that has failed. Another start may succeed.
+DEVICE_LOST = re.compile(
+    "(UNAVAILABLE|ABORTED|DATA_LOSS|DEADLINE_EXCEEDED): |.*(halted|resource busy)",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+def device_lost(error: BaseException) -> bool:
+    """Tells whether a device has failed by itself, not because of the program or its user."""
+    return isinstance(error, RuntimeError) and bool(DEVICE_LOST.match(str(error)))
 
 
 # Words near the start of an error that mean: the store does not answer, or it denies access.

@@ -15,7 +15,7 @@ RETRIES=${LATENT_DELIB_RETRIES:-8}
 REST=() COMMAND=() dry_run=
 # What trying again does not cure. A quota "per minute" is a rate: that one passes.
 HOPELESS='PERMISSION_DENIED|INVALID_ARGUMENT|RESOURCE_EXHAUSTED|[Qq]uota|unrecognized arguments|gcloud auth login'
-HOPELESS+='|not present in the SSH agent|terminal state|another job runs here|worker.sh: No such file'
+HOPELESS+='|not present in the SSH agent|another job runs here|worker.sh: No such file'
 
 say() { [[ -n $dry_run ]] || echo "${script%.sh}: $*" >&2; }
 die() { echo "error: $*" >&2 && exit 1; }
@@ -75,13 +75,13 @@ installed() { [[ -n $dry_run ]] || command -v "$1" >/dev/null || die "$1 is not 
 
 # retry COMMAND...: tries until the command succeeds, and prints its stdout. Its stderr is shown only as the reason for
 # another try or for giving up. Returns 3 where trying again is hopeless; and without a message 4 where something is not
-# found, 5 where it exists already.
+# found, or is a slice that was preempted ("terminal state"), 5 where it exists already.
 retry() {
   local try pause=${LATENT_DELIB_WAIT:-10} errors reason code
   for ((try = 1; ; try++)); do
     if [[ -n $dry_run ]]; then call "$@" && return; fi
     { errors=$("$@" 2>&1 >&4 4>&-); } 4>&1 && return # 4 is our stdout; $( ) gets the stderr
-    [[ ! $errors =~ NOT_FOUND|"was not found" ]] || return 4
+    [[ ! $errors =~ NOT_FOUND|"was not found"|"terminal state" ]] || return 4
     [[ $errors != *ALREADY_EXISTS* ]] || return 5
     reason=$(grep -im 1 error <<<"$errors" || tail -n 1 <<<"$errors")
     code=1

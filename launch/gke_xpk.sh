@@ -38,7 +38,7 @@ action=${REST[0]:-} name=${REST[1]:-}
 environment LATENT_DELIB_PROJECT "the Google Cloud project"
 environment LATENT_DELIB_ZONE "the zone of the cluster's slices, such as us-central1-a"
 environment LATENT_DELIB_CLUSTER "the name of the GKE cluster"
-installed xpk "pip install xpk"
+installed xpk "pipx install xpk"
 at=(--cluster="$LATENT_DELIB_CLUSTER" --project="$LATENT_DELIB_PROJECT" --zone="$LATENT_DELIB_ZONE")
 
 xpk_workload() { retry xpk workload "$1" "${at[@]}" "${@:2}"; }
@@ -49,7 +49,8 @@ listed() { # STATUS; grep -q would end xpk at the match
 make_image() {
   installed docker "https://docs.docker.com/engine/install; or name an --image"
   image=gcr.io/$LATENT_DELIB_PROJECT/latent_delib:$(date +%Y%m%d-%H%M%S)
-  call docker build --platform=linux/amd64 --build-arg=EXTRAS=tpu --tag="$image" .
+  call docker build --platform=linux/amd64 --build-arg=EXTRAS="tpu${LATENT_DELIB_EXTRAS:+,$LATENT_DELIB_EXTRAS}" \
+    --tag="$image" .
   retry docker push "$image"
 }
 
@@ -69,6 +70,9 @@ keep() {
     code=0
     call xpk workload list "${at[@]}" --wait-for-job-completion="$name" || code=$?
     case $code in
+      0 | 125) # XPK takes a job of a longer name for this one
+        [[ -n $dry_run ]] || listed FINISHED || { try=0 && pause && continue; }
+        ;;&
       0) say "== the job $name is done" && break ;;
       125) say "== the job $name failed; \`logs $name\` has the reason" && break ;;
       124) try=0 ;; # it waits a week at most
@@ -93,7 +97,8 @@ case $action in
   status) xpk_workload list ${name:+--filter-by-job="$name"} ;;
   logs)
     xpk_workload list --filter-by-job="$name" # which gives kubectl its credentials
-    call kubectl logs --selector="xpk.google.com/workload=$name" --prefix --follow --tail=20 --max-log-requests=1000
+    call kubectl logs --selector="xpk.google.com/workload=$name" --all-containers --prefix --follow --tail=20 \
+      --max-log-requests=1000
     ;;
   delete) xpk_workload delete --workload="$name" --force ;;
   delete_cluster) call xpk cluster delete "${at[@]}" ;;

@@ -152,13 +152,13 @@ if_set_up() { on_workers "test ! -x latent_delib/launch/worker.sh && echo - none
 
 # The first connection also makes an ssh key and spreads it, which a copy to many workers at once does not wait for.
 setup() {
-  local commands copy=runs/${fetch##*/}
+  local commands copy=runs/${fetch##*/} extras=tpu${LATENT_DELIB_EXTRAS:+,$LATENT_DELIB_EXTRAS}
   commands="mkdir -p latent_delib && cd latent_delib && rm -rf configs latent_delib launch && tar -xzf ../code.tar.gz"
   [[ -z $fetch ]] ||
     commands+=" && mkdir -p $(quote "$copy") && gcloud storage rsync --recursive $(quote "$fetch" "$copy")"
   if_set_up idle >/dev/null &&
     each_slice copy_to_slice "runs/launch/$name/code.tar.gz" &&
-    on_workers "$commands && LATENT_DELIB_EXTRAS=tpu ./launch/worker.sh setup"
+    on_workers "$commands && LATENT_DELIB_EXTRAS=$(quote "$extras") ./launch/worker.sh setup"
 }
 
 # Reads all workers' status; prints running, ending (some are done), done, or `ended CODE`, the first that was not 0.

@@ -38,6 +38,9 @@ case ${1:-} in
       echo "$worker runs it already" && exit
     fi
     rm -f $job/{exit,pid}
+    if [[ -e /dev/vfio/0 || -e /dev/accel0 ]]; then # on a TPU jax asks for it, to start faster; a reboot undoes it
+      echo always | sudo -n tee /sys/kernel/mm/transparent_hugepage/enabled >/dev/null || true
+    fi
     echo "$command" >$job/command
     echo "== $(date -Is) $command" >>$job/log
     setsid ./launch/worker.sh supervise "${@:2}" >>$job/log 2>&1 </dev/null &

@@ -22,7 +22,10 @@ NAMES = "DNS:www.googleapis.com,DNS:storage.googleapis.com"
 
 
 class Server(ThreadingHTTPServer):
-    """`objects` maps "BUCKET/NAME" to what it holds; there is every bucket."""
+    """`objects` maps "BUCKET/NAME" to what it holds; there is every bucket.
+
+    may_look_up: whether the account may look up buckets, and not only use their objects.
+    """
 
     daemon_threads = True
     request_queue_size = 128
@@ -34,6 +37,7 @@ class Server(ThreadingHTTPServer):
         self.uploads: dict[str, tuple[str, dict[str, str]]] = {}
         self.parts: dict[str, bytearray] = {}  # of uploads that go on
         self.lock, self.count = threading.RLock(), 0
+        self.may_look_up = True
         key = folder / "key.pem"
         self.certificate = folder / "certificate.pem"
         request = [
@@ -143,6 +147,9 @@ class _Handler(BaseHTTPRequestHandler):
                 return self.one(f"{bucket}/{unquote(rest)}", query)
             if path.endswith("/o"):
                 return self.list(bucket, query)
+            if not self.server.may_look_up:
+                why = "the account does not have storage.buckets.get access to the bucket"
+                return self.answer(403, {"error": {"code": 403, "message": why}})
             return self.answer(
                 200, {"kind": "storage#bucket", "name": bucket, "id": bucket, "location": "US"}
             )

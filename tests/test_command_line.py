@@ -215,6 +215,35 @@ def test_a_store_that_does_not_answer_has_an_exit_code_of_its_own(command, capsy
     named(line, "error: gs://bucket/run", "UNAVAILABLE")
 
 
+HALTED = "INTERNAL: Core halted unexpectedly: Accelerator device halted prematurely"
+BUSY = "Unable to initialize backend 'tpu': open(/dev/vfio/0): Device or resource busy"
+
+
+@pytest.mark.parametrize(
+    "error, code",
+    [
+        (jax.errors.JaxRuntimeError(HALTED), 69),
+        (jax.errors.JaxRuntimeError("UNAVAILABLE: the TPU went away"), 69),
+        (RuntimeError(BUSY), 69),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), None),
+    ],
+)
+def test_a_device_that_fails_has_an_exit_code_of_its_own(command, capsys, error, code):
+    """A launcher takes a halted chip for a mistake, and gives the slice away."""
+
+    def main(values):
+        raise error
+
+    ended = command(main)
+    said = capsys.readouterr().err
+    if code is None:
+        assert "device failed" not in ended + said
+        return
+    assert ended == code
+    (line,) = said.splitlines()
+    named(line, "error: a device failed", str(error), "run again to resume")
+
+
 @pytest.mark.parametrize(
     "error, words",
     [

@@ -23,6 +23,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, E
 from latent_delib.errors import UserError, reason, store_error
 from latent_delib.machine import contents, files, saved_steps
 from latent_delib.machine.distributed import from_all, from_first, on_first, warn
+from latent_delib.machine.workdir import is_remote
 
 
 class Restored(NamedTuple):
@@ -259,6 +260,8 @@ class Checkpoints:
         if is_first:
             files.make_folder(self.path)
             (self.path / name).write_text("")
+            if is_remote(self.workdir):
+                saved_steps.look_up_bucket(self.path)
         name = from_first(name)  # returns after process 0 has written the file
         seen = from_all(str((self.path / name).exists()))
         if is_first:

@@ -17,7 +17,7 @@ from typing import Any
 
 from absl import flags
 
-from latent_delib.errors import INTERRUPTED, LOST, Outage, UserError, no_memory
+from latent_delib.errors import INTERRUPTED, LOST, Outage, UserError, device_lost, no_memory
 from latent_delib.machine import files
 from latent_delib.machine.command_line import WRITTEN, help_text, parse
 from latent_delib.machine.config_keys import list_keys
@@ -37,9 +37,9 @@ NOISE = re.compile(
 def run(main: Callable[[Any], None], doc: str, **options: tuple[Any, str]) -> None:
     """Parses the command line, calls `main(values)` and exits.
 
-    The exit code is 0 when done, 1 for a user's mistake or a failed disk, LOST for a store or
-    a Hub that does not answer, INTERRUPTED for Ctrl-C, UNREAD for a closed pipe, or the code with
-    which `main` exits itself, such as STOPPED.
+    The exit code is 0 when done, 1 for a user's mistake or a failed disk, LOST for a device that
+    failed and for a store or a Hub that does not answer, INTERRUPTED for Ctrl-C, UNREAD for a
+    closed pipe, or the code with which `main` exits itself, such as STOPPED.
 
     Args:
       main: a function that gets the values of the flags as attributes.
@@ -75,6 +75,9 @@ def run(main: Callable[[Any], None], doc: str, **options: tuple[Any, str]) -> No
         line = _device_message(error)
         if not line:
             raise
+        if device_lost(error):
+            print(f"error: {line}", file=sys.stderr)
+            sys.exit(LOST)
         sys.exit(f"error: {line}")
 
 
@@ -139,7 +142,7 @@ def _disk_message(error: OSError, values: flags.FlagValues) -> str:
 
 
 def _device_message(error: Exception) -> str:
-    """Returns one line on a lack of memory or a missing device; "" for other errors."""
+    """Returns one line on a lack of memory, a failed or a missing device; "" for other errors."""
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError):
         return f"out of memory: {text or 'none is left'}"
@@ -151,6 +154,8 @@ def _device_message(error: Exception) -> str:
             "config.evaluate.batch_size or positions; others: --batch_size), keep less "
             "(config.compute.remat=full), or take more devices (config.mesh, --tensor)"
         )
+    if device_lost(error):
+        return f"a device failed: {text[:400]}; run again to resume"
     frames = traceback.extract_tb(error.__traceback__)
     if "xla_bridge" not in frames[-1].filename:
         return ""

@@ -22,7 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from latent_delib.errors import INTERRUPTED, LOST, Outage, UserError, no_memory
+from latent_delib.errors import INTERRUPTED, LOST, Outage, UserError, device_lost, no_memory
 from latent_delib.machine.commands import leave
 from latent_delib.machine.roll_call import (
     GRACE,
@@ -247,7 +247,7 @@ def _exit_code(error: BaseException, others: Others) -> int:
     """
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
-    if isinstance(error, Outage):
+    if isinstance(error, Outage) or device_lost(error):
         return LOST
     if isinstance(error, UserError | OSError) or no_memory(error) or not others.connections:
         return 1

@@ -88,6 +88,16 @@ def folder(workdir: str) -> epath.Path:
     return epath.Path(workdir) / "checkpoints"
 
 
+def look_up_bucket(where: epath.Path) -> None:
+    """Looks up the bucket of a folder on gs://.
+
+    Orbax does so when it deletes a checkpoint or opens a run that has some, with a permission of
+    its own (storage.buckets.get). A job without it would end at its first deletion.
+    """
+    storage = importlib.import_module("google.cloud.storage")
+    storage.Client().get_bucket(str(where).removeprefix("gs://").partition("/")[0])
+
+
 def why_no_checkpoint(workdir: str) -> str:
     """Returns why a folder holds no checkpoints, and the remedy."""
     inside = re.fullmatch(r"(.+)/checkpoints(?:/(\d+))?/*", workdir)

@@ -29,7 +29,7 @@ def test_xpk_commands(world: World) -> None:
     assert f"--docker-image={image}" in create.split()
 
     slice_of = "--tpu-type=v6e-16 --num-slices=1 --on-demand"
-    logs = "--prefix --follow --tail=20 --max-log-requests=1000"
+    logs = "--all-containers --prefix --follow --tail=20 --max-log-requests=1000"
     for arguments, expected in {
         "create_cluster --accelerator=v6e-16": f"cluster create {XPK_AT} {slice_of}",
         "status": f"workload list {XPK_AT}",
@@ -55,7 +55,11 @@ def test_xpk_keep(world: World, before: str, waits: list[str], code: int) -> Non
         world.plays(
             **{f"listed-{status}": ["Jobset   Status", "ab   x", *["a   x"] * (status in there)]}
         )
-    world.plays(waits=waits, hook=['[[ $all != *delete* ]] || echo >"$WORLD/listed-EVERYTHING"'])
+    deleted = (
+        '[[ $all != *delete* ]] || echo | tee "$WORLD/listed-EVERYTHING" >"$WORLD/listed-FINISHED"'
+    )
+    ended = """[[ $all != *wait-for* ]] || echo "a   x" >>"$WORLD/listed-FINISHED\""""
+    world.plays(waits=waits, hook=[deleted, ended])
     keep = ("gke_xpk", "keep", "a", "--accelerator=v5litepod-16", "--delete")
     world.launch(*keep, "--", *TRAIN, code=code)
     assert len(world.calls("wait-for-job-completion")) == len(waits)
@@ -63,3 +67,14 @@ def test_xpk_keep(world: World, before: str, waits: list[str], code: int) -> Non
     seen_to_end = waits[-1] in ("0", "125")
     assert len(world.calls("workload delete")) == (before == "FINISHED") + seen_to_end
     assert len(world.calls("push")) == (before != "RUNNING")  # of its image
+
+
+def test_xpk_keep_does_not_take_another_job_for_its_own(world: World) -> None:
+    """XPK finds a job by a part of its name: the end of a-2 would delete a, which runs."""
+    world.plays(**{"listed-EVERYTHING": ["Jobset   Status", "a   x"]})
+    world.plays(**{"listed-FINISHED": ["Jobset   Status", "a-2   x"]}, waits=["0", "125", "0"])
+    third = '$all == *wait-for* && $(wc -l <"$WORLD/waits") == 1'
+    world.plays(hook=[f'[[ ! ({third}) ]] || echo "a   x" >>"$WORLD/listed-FINISHED"'])
+    world.launch("gke_xpk", "keep", "a", "--accelerator=v5litepod-16", "--delete", "--", *TRAIN)
+    assert len(world.calls("wait-for-job-completion")) == 3
+    assert len(world.calls("workload delete")) == 1

@@ -137,6 +137,9 @@ def test_run_is_detached_on_every_worker(world: World) -> None:
     (world.root / "runs").mkdir(exist_ok=True)
     (world.root / "runs" / "mine").touch()
     assert world.launch("tpu_vm", "setup", "a").stdout == "0 ready, base tpu\n1 ready, base tpu\n"
+    world.env["LATENT_DELIB_EXTRAS"] = "wandb"
+    assert "0 ready, base tpu,wandb\n" in world.launch("tpu_vm", "setup", "a").stdout
+    del world.env["LATENT_DELIB_EXTRAS"]
     for worker in (0, 1):
         home = world.world / f"worker-{worker}" / "latent_delib"
         assert (home / "configs" / "x.py").exists()
@@ -278,13 +281,23 @@ def test_keep_finds_a_running_job_again(world: World, end: str) -> None:
     assert len(world.calls("scp")) == 1
 
 
-def test_keep_replaces_a_slice_that_does_not_answer(world: World) -> None:
+@pytest.mark.parametrize(
+    "says",
+    [
+        "exit 255",
+        """echo 'This TPU has terminal state "PREEMPTED", so it cannot be used.' >&2 && exit 1""",
+    ],
+    ids=["nothing", "preempted"],
+)
+def test_keep_replaces_a_slice_that_does_not_answer(world: World, says: str) -> None:
+    """ssh may notice a preemption before the queued resource and the node say so."""
     world.plays(**{"ends-0": ["hang", "0"], "ends-1": ["hang", "0"]})
     world.plays(states=["ABSENT", "ACTIVE", "ABSENT deleted", "ACTIVE"])
     silent = f'$all == *"worker.sh status"* && {BOTH_RUN}'
-    world.plays(hook=[f"[[ ! ({silent}) ]] || exit 255"])
+    world.plays(hook=[f"[[ ! ({silent}) ]] || {{ {says}; }}"])
     assert "does not answer: deleting it" in world.keep().stderr
     world.started(2)
+    assert len(world.calls("create")) == 2
 
 
 def test_keep_leaves_a_slice_that_it_may_not_ask(world: World) -> None:

@@ -78,6 +78,28 @@ def test_a_job_on_gs(client, tmp_path):
     )
 
 
+@pytest.mark.slow
+def test_an_account_that_may_not_look_up_its_bucket_is_told_at_once(tmp_path):
+    """Orbax looks it up to delete a checkpoint: a job would end hours after its start."""
+    pytest.importorskip("google.cloud.storage")
+    pytest.importorskip("gcsfs")
+    opens = (
+        "import sys; sys.modules['tensorflow'] = None\n"
+        "from latent_delib.machine.checkpoint import Checkpoints\n"
+        "Checkpoints('gs://bucket/run')"
+    )
+    with running(tmp_path) as server:
+        server.write("bucket/tokens", b"1")
+        server.may_look_up = False
+        environment = os.environ | server.environment | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-c", opens]
+        done = subprocess.run(
+            command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
+        )
+    assert "PermissionError: [Errno 13]" in done.stderr.splitlines()[-1]
+    assert "storage.buckets.get" in done.stderr.splitlines()[-1]
+
+
 if __name__ == "__main__":
     if sys.argv[1] != "tensorflow":
         sys.modules["tensorflow"] = None  # as where it is not installed

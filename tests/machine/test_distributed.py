@@ -201,6 +201,8 @@ ENDINGS = {
     f"JaxRuntimeError({GLOO!r}), 'lost a third'": distributed.LOST,
     f"JaxRuntimeError({GLOO!r}), ''": 1,
     "JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory'), ''": 1,
+    "JaxRuntimeError('INTERNAL: Core halted unexpectedly'), ''": distributed.LOST,
+    "RuntimeError('backend tpu: Device or resource busy'), ''": distributed.LOST,
     "TypeError('a bug'), ''": 1,
     "UserError('a mistake'), ''": 1,
     "OSError(28, 'No space left on device'), ''": 1,
