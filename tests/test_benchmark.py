@@ -493,8 +493,9 @@ def test_intervals():
     jackknife = np.sqrt(299 / 300 * ((left_out - left_out.mean()) ** 2).sum())
     assert made["value"] == pytest.approx(bits.sum() / size.sum())
     assert made["stderr"] == pytest.approx(jackknife, rel=0.01)
-    assert (made["low"], made["high"]) == tuple(
-        made["value"] + s * 1.96 * made["stderr"] for s in (-1, 1)
+    half = 1.9679296 * made["stderr"]  # Student's t, 299 degrees of freedom
+    assert (made["low"], made["high"]) == pytest.approx(
+        (made["value"] - half, made["value"] + half)
     )
 
 
@@ -651,7 +652,9 @@ def test_log_p_of_the_answers(call, questions_file, trained_lm, tmp_path):
         file_of_samples = tmp_path / "out" / "samples" / f"mine.{row['model']}.jsonl"
         samples = [json.loads(line) for line in file_of_samples.read_text().splitlines()]
         assert [sample["answer_logp"] for sample in samples] == pytest.approx(expected, rel=1e-5)
-        half = 1.96 * np.std(expected, ddof=1) / np.sqrt(3)
+        half = (
+            4.3026527 * np.std(expected, ddof=1) / np.sqrt(3)
+        )  # Student's t, 2 degrees of freedom
         figures = [row[f"answer_logp{end}"] for end in ("", "_low", "_high")]
         assert figures == pytest.approx(expected.mean() + np.array([0, -half, half]), rel=1e-5)
         means.append(row["answer_logp"])

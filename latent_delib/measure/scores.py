@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from scipy import special
 
 from latent_delib.errors import UserError
 from latent_delib.machine.columns import aligned
@@ -14,7 +15,7 @@ BenchmarkRow = dict[str, Any]
 Estimate = tuple[float, float | None, float | None, float | None]
 
 ANSWER = "answer_logp"  # the key of log p of the right answer, nats, in samples and rows
-Z = 1.96  # standard errors, for 95 %
+Z = 1.96  # standard errors, for 95 % in Wilson's interval
 COLUMNS: tuple[str, ...] = (
     "benchmark",
     "model",
@@ -92,7 +93,8 @@ def _ratio(values: np.ndarray, size: np.ndarray) -> Estimate:
         return value, None, None, None
     residual = float(np.square(values - value * size).sum())
     stderr = math.sqrt(residual * n / (n - 1)) / float(size.sum())
-    return value, stderr, value - Z * stderr, value + Z * stderr
+    half = float(special.stdtrit(n - 1, 0.975)) * stderr  # Student's: a few documents
+    return value, stderr, value - half, value + half
 
 
 def mean(values: np.ndarray) -> Estimate:

@@ -10,6 +10,10 @@ from latent_delib.results.entries import controls_in_words
 from latent_delib.results.figures import CURVES
 from latent_delib.results.tables import changes
 
+# Units -> percent of cases in which a 95 % interval over so few holds (simulated: works of equal
+# size, normal changes).
+HOLDS = {2: 47, 3: 75, 4: 88}
+
 
 def as_text(result: dict[str, Any]) -> str:
     """Returns the tables as plain text: of each source and its works, then of all text."""
@@ -18,10 +22,10 @@ def as_text(result: dict[str, Any]) -> str:
     for source, found in sets.items():
         if len(sets) > 1:
             lines.append(f"{source}, {_documents(found)}")
-        lines.append(_table(found["rows"], found["interval_over"]))
+        lines.append(_table(found["rows"], _drawn(found)))
         lines += _works(found["works"])
     if len(sets) > 1:
-        lines += ["all", _table(result["rows"], result["interval_over"])]
+        lines += ["all", _table(result["rows"], _drawn(result))]
     return "\n".join(lines)
 
 
@@ -50,6 +54,15 @@ def _documents(part: dict[str, Any]) -> str:
     return f"{count} document{plural}{of_works}"
 
 
+def _drawn(part: dict[str, Any]) -> str:
+    """Names the units that intervals draw; where they are few, also how often an interval holds."""
+    over = part["interval_over"]
+    count = part["num_works"] if over == "works" else part["documents"]
+    if count not in HOLDS:
+        return over
+    return f"{over} (only {count}: it holds in {HOLDS[count]} % of cases)"
+
+
 def _works(works: dict[str, dict[str, Any]]) -> list[str]:
     """Returns a line for each of several works: its change at a few n."""
     if len(works) < 2:
@@ -72,7 +85,7 @@ def _table(rows: Sequence[dict[str, Any]], over: str) -> str:
 
     Metrics other than perplexity follow the interval, without latents and with them.
 
-    over: the name of the units that intervals draw (`intervals.unit`).
+    over: the units that intervals draw, in words.
     """
     interval = f"95 % interval over {over}"
     head = f"{'n':>3} {'tokens':>10} {'decoder':>10} {'augmented':>10} {'change':>9}   {interval}"

@@ -105,7 +105,7 @@ def test_what_counts(config_of, write, monkeypatch):
     replies = [questions.Question(**row).reply(False) for row in ROWS]
     for augment, behind, solved in ((True, "", 75), (False, "_decoder", 25)):
         logp = lm.logprobs(prompts, replies, augment=augment)[0]
-        half = 1.96 * np.std(logp, ddof=1) / 2
+        half = 3.1824463 * np.std(logp, ddof=1) / 2  # Student's t, 3 degrees of freedom
         assert found[f"validation_solved{behind}"] == solved
         figures = [found[f"validation_answer{end}{behind}"] for end in ("", "_low", "_high")]
         assert figures == pytest.approx(np.mean(logp) + np.array([0, -half, half]), rel=1e-5)

@@ -199,3 +199,17 @@ def test_runs_alone_are_drawn_where_there_is_no_line(lines):
     rest = "16 ahead tokens, step 180, seed 3, on seen"
     assert drawn[f"resized, placement after, coprocessor of num layers 1, {rest}"] == [8]
     assert drawn[f"resized, placement after, coprocessor of num layers 2, {rest}"] == [16]
+
+
+@pytest.mark.parametrize(
+    "works, over", [(3, "over works (only 3: it holds in 75 % of cases)"), (5, "over works")]
+)
+def test_an_interval_over_few_works_says_how_often_it_holds(works, over):
+    """With three files a reader takes the interval for one of 95 %."""
+    about = {"step": 4, "pieces": 2, "documents": 9, "num_works": works}
+    row = {"n": 1, "tokens": 9, "change_percent": -1.0, "change_low": -2.0, "change_high": 0.5}
+    row |= {"decoder_ppl": 3.0, "augmented_ppl": 2.9}
+    part = {"interval_over": "works", "rows": [row], "works": {}}
+    of = config() | {"evaluate": {}}
+    text = evaluation.as_text(about | part | {"sets": {"x": about | part}, "config": of})
+    assert text.splitlines()[1].endswith(f"95 % interval {over}")
