@@ -114,13 +114,11 @@ def _check_flags(flags: Any, chosen: dict[str, BenchmarkRow]) -> None:
 def _find_subject(flags: Any) -> Subject:
     """Finds the job or the decoder that the flags name; reads no weights."""
     workdir = flags.workdir
-    if bool(workdir) == bool(flags.decoder):
-        raise UserError(
-            "expected either --workdir, of a training job, or --decoder, a decoder folder"
-        )
+    if not workdir and not flags.decoder:
+        raise UserError("expected --workdir, of a training job, or --decoder, a decoder folder")
     if workdir:
         record = load.read_record(workdir, flags.step)
-        decoder = load.decoder_of(workdir, record)
+        decoder = load.decoder_of(workdir, record, flags.decoder)
         config = record.config
         check_joining(flags.every, flags.delay, record["method.every"], record["method.name"])
         if not METHODS[record["method.name"]].writes_latents:
@@ -348,7 +346,11 @@ if __name__ == "__main__":
         benchmarks=(REQUIRED, "names separated by commas, or published, or offline, or qa:FILE"),
         out=(REQUIRED, "where to write"),
         workdir=("", "workdir of a training job, or an exported folder, hf:OWNER/NAME, packaged"),
-        decoder=("", "a decoder folder or `packaged`, instead of --workdir"),
+        decoder=(
+            "",
+            "a decoder folder or `packaged`, instead of --workdir; with --workdir, where its "
+            "decoder is now",
+        ),
         model=("decoder", "decoder, augmented, zero_shot_cot; several separated by commas"),
         step=(None, "checkpoint step; the newest if left out"),
         limit=(None, "documents of each task, for a quick test; all if left out"),

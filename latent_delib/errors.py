@@ -64,7 +64,8 @@ def no_memory(error: BaseException) -> str:
 
 # jax's words for a device, or its runtime, that has failed. Another start may succeed.
 DEVICE_LOST = re.compile(
-    "(UNAVAILABLE|ABORTED|DATA_LOSS|DEADLINE_EXCEEDED): |.*(halted|resource busy)",
+    "(UNAVAILABLE|ABORTED|DATA_LOSS|DEADLINE_EXCEEDED): "
+    "|.*(halted|resource busy|ECC_UNCORRECTABLE|NCCL operation)",
     re.IGNORECASE | re.DOTALL,
 )
 

@@ -185,7 +185,7 @@ def load_model(flags: Any) -> AugmentedLM:
         inputs.check_joining(flags.every, delay, record["method.every"], method)
     else:
         _refuse_joining_flags(flags, "--no_augment" if writes_latents else f"method {method}")
-    path = load.decoder_of(flags.workdir, record)
+    path = load.decoder_of(flags.workdir, record, flags.decoder)
     decoder = load.load_decoder(path, record["compute.dtype"], mesh)
     coprocessor = load.load_coprocessor(flags.workdir, flags.step) if augment else None
     return AugmentedLM(decoder, coprocessor, mesh, beside, flags.max_length, flags.attention)
@@ -229,6 +229,7 @@ if __name__ == "__main__":
             REQUIRED,
             "workdir of a training job, or an exported folder, hf:OWNER/NAME, packaged",
         ),
+        decoder=("", "where the decoder is now, if not at the path of the training"),
         prompt=("", "the text to continue"),
         prompts=("", "a file of prompts, JSON lines, instead of --prompt"),
         chat=(False, "send each prompt as a user's message, in the model's chat template"),

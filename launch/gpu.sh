@@ -6,6 +6,7 @@
 #       --config.decoder.path=DECODER --config.train.accumulation=256
 #   ./launch/gpu.sh .venv/bin/python -m benchmarks.chip       # first on a new card: docs/performance.md
 #   ./launch/gpu.sh ./launch/smollm2.sh
+#   CUDA_VISIBLE_DEVICES=3 XLA_PYTHON_CLIENT_MEM_FRACTION=0.5 ./launch/gpu.sh ...     # half of one GPU of a shared machine
 set -euo pipefail
 [[ ${1:-} != --help && ${1:-} != -h ]] || exec "$(dirname "$(readlink -f "$0")")/common.sh" "$(readlink -f "$0")"
 if [[ ! ${1:-} =~ ^[^-] ]]; then

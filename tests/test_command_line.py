@@ -225,6 +225,7 @@ BUSY = "Unable to initialize backend 'tpu': open(/dev/vfio/0): Device or resourc
         (jax.errors.JaxRuntimeError(HALTED), 69),
         (jax.errors.JaxRuntimeError("UNAVAILABLE: the TPU went away"), 69),
         (RuntimeError(BUSY), 69),
+        (jax.errors.JaxRuntimeError("INTERNAL: CUDA_ERROR_ECC_UNCORRECTABLE: uncorrectable"), 69),
         (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), None),
     ],
 )

@@ -76,6 +76,24 @@ def test_the_continuation_of_one_prompt_appears_as_it_is_decoded(trained, traine
     assert capsys.readouterr().out == "", "nothing stands before the error on its line"
 
 
+def test_a_decoder_that_has_moved(trained, trained_lm, decoder_folder, tmp_path, capsys):
+    """A coprocessor from the Hub names the folder that its author had."""
+    moved = shutil.copytree(decoder_folder, tmp_path / "moved")
+    assert run(workdir=trained, decoder=moved, prompt="the cat", no_augment=True) == ""
+    (text,) = trained_lm.generate(["the cat"], 5, augment=False)
+    assert capsys.readouterr().out.endswith(f"--- decoder\nthe cat{text}\n")
+    said = run(workdir=trained, decoder="packaged", prompt="the cat")
+    for words in ("--decoder=packaged: has fingerprint ", trained_lm.decoder.fingerprint[:12]):
+        assert words in said
+
+    record = load.read_record(str(trained))
+    gone = record.config | {"decoder": record.config["decoder"] | {"path": "gone"}}
+    record = dataclasses.replace(record, config=gone)
+    assert load.decoder_of(str(trained), record, str(moved)) == str(moved)
+    with pytest.raises(ld.UserError, match="gone.*take --decoder=PATH"):
+        load.decoder_of(str(trained), record)
+
+
 TEMPLATE = """\
 {{ bos_token }}{% for message in messages %}{{ message.role }}: {{ message.content }} {% endfor %}
 """
@@ -87,7 +105,7 @@ def test_a_prompt_is_a_users_message(trained, decoder_folder, tmp_path, monkeypa
     decoder = tmp_path / "decoder"
     shutil.copytree(decoder_folder, decoder)
     (decoder / "chat_template.jinja").write_text(TEMPLATE)
-    monkeypatch.setattr(load, "decoder_of", lambda workdir, record: str(decoder))
+    monkeypatch.setattr(load, "decoder_of", lambda *_: str(decoder))
     lm = ld.AugmentedLM(ld.load_decoder(decoder), ld.load_coprocessor(trained))
     asked = [{"role": "user", "content": "the cat"}]
     longer = [*asked, {"role": "assistant", "content": "ran"}, *asked]
@@ -141,7 +159,7 @@ def test_lines_that_hold_no_request(lines, words, tmp_path):
 def test_the_model_of_the_flags(trained):
     """Its form of attention; and its devices, the last of which are the coprocessor's."""
     flags = dict(workdir=str(trained), step=None, no_augment=False, every=0, delay=0, max_length=64)
-    flags |= dict(attention="reference", tensor=2, coprocessor_devices=2)
+    flags |= dict(decoder="", attention="reference", tensor=2, coprocessor_devices=2)
     lm = generate.load_model(SimpleNamespace(**flags))
     assert {aug.decoder.form for aug in (lm.plain, lm.aug, lm.aug_beside)} == {"reference"}
     assert (

@@ -250,19 +250,22 @@ def read_record(workdir: str, step: int | None = None) -> Record:
     return Record.from_meta(meta, workdir)
 
 
-def decoder_of(workdir: str, record: Record) -> str:
+def decoder_of(workdir: str, record: Record, moved: str = "") -> str:
     """Returns the folder of a checkpoint's decoder: the one it trained, or the frozen one.
 
     Args:
       record: the record of a checkpoint in `workdir`.
+      moved: where the frozen decoder is now; "": at the path that training gave.
 
     Raises:
       UserError: the decoder's weights are random, so no folder holds them; the job trained the
-        decoder, and its folder is of another step or `workdir` is an export; or training used
-        another tokenizer than the decoder's.
+        decoder, and its folder is of another step or `workdir` is an export; training used another
+        tokenizer than the decoder's; the decoder is not there; or `moved` is another decoder.
     """
     build.require_decoder(workdir, record["method.name"])
     if METHODS[record["method.name"]].trains_decoder:
+        if moved:
+            raise UserError(f"--decoder={moved}: {workdir} has a decoder that it trained itself")
         there = build.step_of_decoder(workdir)
         if there != record.step:
             found = "not written yet" if there is None else f"of step {there}"
@@ -271,13 +274,25 @@ def decoder_of(workdir: str, record: Record) -> str:
                 "the decoder is written at the end of the training"
             )
         return f"{workdir}/decoder"
-    path = record["decoder.path"]
+    if moved:
+        found = folder.fingerprint(locate.find_decoder(moved))
+        if found != record.fingerprint:
+            raise UserError(
+                f"--decoder={moved}: has fingerprint {found[:SHORT]}; the decoder of {workdir} "
+                f"has {record.fingerprint[:SHORT]}"
+            )
+    path = moved or record["decoder.path"]
     if not path:
         raise UserError(
             f"{workdir}: trained with config.decoder.path='', "
             "on random weights that no folder holds; train on a decoder folder"
         )
-    own = tokenizer_files.tokenizer_path(locate.find_decoder(path))
+    try:
+        where = locate.find_decoder(path)
+    except UserError as error:
+        remedy = "if it is elsewhere, generate and benchmark take --decoder=PATH"
+        raise UserError(f"{error}; {remedy}") from None
+    own = tokenizer_files.tokenizer_path(where)
     if record["decoder.tokenizer"] != tokenizer.fingerprint(own):
         raise UserError(f"{workdir}: trained with another tokenizer than {own}, the decoder's")
     return path

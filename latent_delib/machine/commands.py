@@ -152,7 +152,8 @@ def _device_message(error: Exception) -> str:
             f"{line}; take fewer rows at once (training: lower config.train.batch_size, or raise "
             "config.train.accumulation; evaluation, and questions in training: "
             "config.evaluate.batch_size or positions; others: --batch_size), keep less "
-            "(config.compute.remat=full), or take more devices (config.mesh, --tensor)"
+            "(config.compute.remat=full), train less (config.method.lora_rank, "
+            "config.optimizer.name=adafactor), or take more devices (config.mesh, --tensor)"
         )
     if device_lost(error):
         return f"a device failed: {text[:400]}; run again to resume"
