@@ -109,10 +109,7 @@ def error(command_line, monkeypatch, capsys):
         ("--config.mesh.model=2", ["config.mesh.model"]),
         ("--config.decoder.path=nowhere", ["'nowhere'", "config.json"]),
         ("--config.decoder.tokenizer=no.model", ["tokenizer no.model", "does not exist"]),
-        (
-            "--config.data.token_files=no_tokens",
-            ["config.data.token_files", "no_tokens has no meta.json"],
-        ),
+        ("--config.data.token_files=no_tokens", ["config.data.token_files", "no_tokens/meta.json"]),
         ("--config.data.sources=()", ["config.data.sources", "empty"]),
         ("--config.data.weights=(1.0,2.0)", ["config.data.weights has 2", "config.data.sources 1"]),
         ("--config.data.weights=(0.0,)", ["config.data.weights", "0.0"]),

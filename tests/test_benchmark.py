@@ -903,7 +903,7 @@ MISTAKES = {
     "decoder": (dict(decoder="nowhere"), "decoder 'nowhere'"),
     "step": (dict(decoder="packaged", step=3), "--step=3"),
     "neither": (dict(decoder=""), "--workdir"),
-    "both": (dict(workdir="w"), "--workdir"),
+    "both": (dict(workdir="w"), "w: holds no checkpoints"),
     "workdir": (dict(decoder="", workdir="nowhere"), "nowhere: holds no checkpoints"),
     "latents": (dict(model="augmented"), "--model=augmented"),
     "cot": (dict(model="zero_shot_cot"), "--model=zero_shot_cot: syllogism"),

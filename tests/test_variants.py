@@ -211,7 +211,7 @@ def test_a_run_begins_with_anothers_weights(job, begun):
 
 @variants(adapts=True)
 def test_adapters_are_no_start(begun):
-    said = "a decoder's adapters are added|holds adapters, expected whole weights"
+    said = "adapters of a decoder can be added|holds adapters, expected whole weights"
     with pytest.raises(UserError, match=said):
         begun()
 

@@ -282,7 +282,7 @@ def _open(
     meta = read_meta(where)
     if meta is None:
         raise UserError(
-            f"config.data.token_files: {where} has no meta.json, which is written last; "
+            f"config.data.token_files: no {where}/meta.json, which is written last; "
             f"run python -m latent_delib.prepare with --out={where} until it is done"
         )
     _check_fits(meta, where, data.seq_len, tokenizer)
