@@ -17,6 +17,7 @@ from latent_delib.machine.files import read_json, read_text
 # Separates documents. It is BOS where a vocabulary names none (Qwen's), and EOS too where it names
 # neither (GPT-2's).
 _SEPARATOR = "<|endoftext|>"
+GENERATION = "generation_config.json"  # beside a tokenizer; Hugging Face's name
 _NO_TEXT = "\u00ff"  # byte 255, as byte-level vocabularies spell it; UTF-8 text never has this byte
 
 
@@ -96,6 +97,8 @@ class Tokenizer:
     Attributes:
       vocab_size: the highest id + 1.
       bos_id, eos_id, pad_id: ids that text never becomes, even where it spells the token.
+      eos_ids: all tokens that end a text of the model: eos_id, and those of the file
+        generation_config.json beside the tokenizer, if any. An instruct model has several.
       control: spelling of a control token -> its id.
       spell: id -> the token's spelling, which is not readable text where the token holds bytes.
       chat_template: the content of chat_template.jinja beside the files; None without that file.
@@ -122,6 +125,7 @@ class Tokenizer:
         self.chat_template = read_text(template) if template.is_file() else None
         self.bos_id = required("BOS", model.bos_id)
         self.eos_id = required("EOS", model.eos_id)
+        self.eos_ids = [self.eos_id, *_further_ends(self.path.with_name(GENERATION))]
         pads = [model.pad_id, self.eos_id, *sorted(self.control.values()), model.no_text_id]
         usable = [pad for pad in pads if pad not in (None, self.bos_id)]
         self.pad_id = required("padding", usable[0] if usable else None)
@@ -218,6 +222,13 @@ class Tokenizer:
         while kept and (kept[-1] in leave_open or kept[-1] >= self.vocab_size):
             kept.pop()
         return self.decode_in_text(kept).rstrip("\ufffd")  # stands for part of a character
+
+
+def _further_ends(file: Path) -> list[int]:
+    """Returns the eos_token_id of a generation_config.json, as a list; [] without the file."""
+    if not file.is_file():
+        return []
+    return arguments.end_tokens(f"{file}: eos_token_id", read_json(file).get("eos_token_id"))
 
 
 def _read_sentencepiece(path: Path) -> _Model:

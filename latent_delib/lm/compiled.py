@@ -215,12 +215,14 @@ def decode_tokens(
     count: jax.Array,
     *,
     aug: Augmentation,
-    eos_id: int,
+    eos_E: jax.Array,
     pad_id: int,
 ) -> tuple[Decoding, Cache]:
     """Decodes `count` more tokens in every row, fewer when all rows have ended.
 
     A row's draws depend on its own key and on the number of tokens before, not on other rows.
+
+    eos_E: the tokens that end a row, int32 [E].
     """
     config = aug.decoder.config
     decoder = params["decoder"]
@@ -239,7 +241,7 @@ def decode_tokens(
             length=state.length + 1,
             position=state.position + 1,
             logits=transformer.unembed(output_VD, x_BSD[:, 0], config),
-            ended=state.ended | (token_B == eos_id),
+            ended=state.ended | jnp.isin(token_B, eos_E),
         )
         one_B = jnp.ones_like(state.length)
         return after, cache_lib.append(cache, kv, position_B1, one_B)

@@ -11,7 +11,7 @@ rolled back: new latents join the cache as it is.
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -61,7 +61,7 @@ def decode_in_chunks(
     aug: Augmentation,
     write: Callable[[Reading, jax.Array], Latents | None] | None,
     room: int,
-    eos_id: int,
+    eos_ids: Sequence[int],
     pad_id: int,
     stopped: Callable[[np.ndarray], np.ndarray],
 ) -> Iterator[tuple[np.ndarray, list[Joined]]]:
@@ -74,6 +74,7 @@ def decode_in_chunks(
       write: starts writing latents for the text that was read, and returns them. It returns None
         where it failed, and is then not called again. Without `write` the plain decoder continues.
       room: number of tokens for which the caches have space after T, at least max_new_tokens.
+      eos_ids: the tokens that end a row.
       stopped: gets the new tokens [B, n] after each chunk, and returns which rows end, bool [B].
 
     Yields:
@@ -83,7 +84,8 @@ def decode_in_chunks(
     state, reading = compiled.prefill(params, text_BT, length_B, aug=aug, room=room, pad_id=pad_id)
     cache: Cache = reading.cache
     read_more = partial(compiled.read_on, params, aug=aug)
-    decode = partial(compiled.decode_tokens, params, aug=aug, eos_id=eos_id, pad_id=pad_id)
+    eos_E = np.asarray(eos_ids, np.int32)
+    decode = partial(compiled.decode_tokens, params, aug=aug, eos_E=eos_E, pad_id=pad_id)
     index_BN = np.asarray(length_B)[:, None] + np.arange(options.max_new_tokens)
     made = 0  # new tokens
     num_read = 0  # new tokens that `reading` holds

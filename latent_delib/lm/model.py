@@ -324,7 +324,7 @@ class AugmentedLM:
             aug=self.aug,
             write=write,
             room=batching.bucket(options.max_new_tokens),
-            eos_id=self.tokenizer.eos_id,
+            eos_ids=self.tokenizer.eos_ids,
             pad_id=self.tokenizer.pad_id,
             stopped=stopped,
         )

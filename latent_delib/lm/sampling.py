@@ -98,7 +98,7 @@ class Continuation(NamedTuple):
 
 
 class Endings:
-    """Ends a text before the first stop string to be completed.
+    """Ends a text before EOS, and before the first stop string to be completed.
 
     Stop strings that name control tokens are found as tokens, because decoded text does not show
     them.
@@ -118,6 +118,7 @@ class Endings:
                 raise UserError(f"stop: holds {text!r}, expected texts that are not empty")
         control = tokenizer.control
         self.tokens = [control[text] for text in self.strings if text in control]
+        self.tokens += tokenizer.eos_ids
 
     def seen(self, new_BN: np.ndarray) -> np.ndarray:
         """Tells which rows of new tokens hold an ending, bool [B]."""
@@ -152,7 +153,7 @@ class Endings:
             yield rest
 
     def _kept(self, new_N: np.ndarray) -> list[int]:
-        """Returns the tokens before the first control token that ends a text."""
+        """Returns the tokens before the first token that ends a text."""
         (ends,) = np.nonzero(np.isin(new_N, self.tokens))
         return new_N[: ends[0] if len(ends) else None].tolist()
 

@@ -68,6 +68,14 @@ def token_ids(name: str, value: Any, expected: str = "a list of token ids") -> l
         raise refusal from None
 
 
+def end_tokens(name: str, value: Any) -> list[int]:
+    """Returns the token ids of an `eos_token_id`, which is None, one number or a list."""
+    if value is None:
+        return []
+    ids = [value] if isinstance(value, int) else value
+    return token_ids(name, ids, "a token id or a list of them")
+
+
 def instance(name: str, value: Any, kind: type, maker: str) -> None:
     """Raises UserError for anything but an object of one of this package's own types."""
     if not isinstance(value, kind):

@@ -1,9 +1,9 @@
 """Runs the lm-eval harness over our models.
 
 This module is imported only where it is used. Its prompts are, token for token, the prompts of the
-harness's `hf` model with add_bos_token=True, with four exceptions: BOS stays when a prompt is cut;
-each piece of a long text begins with BOS, which is not scored; Qwen's <|endoftext|> counts as BOS;
-and only the tokenizer's own EOS ends a text.
+harness's `hf` model with add_bos_token=True, with three exceptions: BOS stays when a prompt is cut;
+each piece of a long text begins with BOS, which is not scored; and Qwen's <|endoftext|> counts as
+BOS.
 """
 
 import functools

@@ -1,8 +1,9 @@
 """Writes the vocabulary inside a GGUF as the tokenizer files that it was made from.
 
-The files are tokenizer.json or a SentencePiece model, and the chat template, if any. The reference
-is llama.cpp's reading of the same keys (llama-vocab.cpp). As in llama.cpp, text is not normalized
-first; the original tokenizer.json of some models does so (Qwen's composes accents).
+The files are tokenizer.json or a SentencePiece model, and two that only some models have: the chat
+template, and the tokens that end a text. The reference is llama.cpp's reading of the same keys
+(llama-vocab.cpp). As in llama.cpp, text is not normalized first; the original tokenizer.json of
+some models does so (Qwen's composes accents).
 """
 
 import json
@@ -11,8 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from latent_delib.errors import UserError
-from latent_delib.weights.tokenizer_files import CHAT_TEMPLATE
+from latent_delib.machine import arguments
+from latent_delib.weights.tokenizer_files import CHAT_TEMPLATE, write_end_tokens
 
+# Besides EOS: the end of a turn, and of a message to a tool.
+_ENDS = ("eot_token_id", "eom_token_id")
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6  # values of tokenizer.ggml.token_type
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
@@ -59,6 +63,8 @@ def write(metadata: Mapping[str, Any], folder: Path, source: str) -> None:
     try:
         write_files = _one_of(writers, "model", keys["model"])
         write_files(keys, _vocabulary(keys), folder)
+        ends = [keys[name] for name in _ENDS if name in keys]
+        write_end_tokens(folder, arguments.token_ids("eot_token_id", ends))
         if "tokenizer.chat_template" in metadata:
             template = metadata["tokenizer.chat_template"]
             (folder / CHAT_TEMPLATE).write_text(template, "utf-8")

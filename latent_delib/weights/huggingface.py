@@ -331,13 +331,13 @@ def _scaling(rope: Fields, where: str) -> tuple[float, ...]:
     return (*values, 1.0, 4.0, 0.0) if kind == "linear" else tuple(values)
 
 
-def config_json(c: TransformerConfig, dtype: str, token_ids: Mapping[str, int]) -> dict[str, Any]:
+def config_json(c: TransformerConfig, dtype: str, token_ids: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the config.json of an architecture, in keys that `transformers` 4 and 5 read.
 
     Args:
       c: the architecture.
       dtype: dtype of the weights, "float32" or "bfloat16".
-      token_ids: "bos_token_id", "eos_token_id", "pad_token_id".
+      token_ids: "bos_token_id", "eos_token_id" (a list), "pad_token_id".
 
     Raises:
       UserError: the class of the family in `transformers` does not compute this architecture: read

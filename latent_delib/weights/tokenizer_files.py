@@ -1,14 +1,18 @@
 """Finds the tokenizer in a decoder's folder, ours or Hugging Face's; copies it with its files."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from latent_delib.errors import UserError
+from latent_delib.machine import arguments
 from latent_delib.machine.files import read_json, read_text
 
-CHAT_TEMPLATE = "chat_template.jinja"  # Hugging Face's name
+# Hugging Face's names
+CHAT_TEMPLATE = "chat_template.jinja"
+GENERATION = "generation_config.json"
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 
 
@@ -91,8 +95,10 @@ def tokenizer_writer(folder: Path) -> Callable[[Path], None]:
 def copy_tokenizer(path: Path, folder: Path) -> None:
     """Copies a tokenizer to a decoder folder, with the files that belong to it, if they exist.
 
-    These are tokenizer_config.json, for a tokenizer.json, and the model's chat template.
+    These are tokenizer_config.json, for a tokenizer.json; the model's chat template; and the tokens
+    that end its texts.
     """
+    write_end_tokens(folder, end_tokens(path.parent))
     template = chat_template(path.parent)
     if template is not None:
         (folder / CHAT_TEMPLATE).write_text(template, "utf-8")
@@ -101,6 +107,29 @@ def copy_tokenizer(path: Path, folder: Path) -> None:
     config = path.parent / "tokenizer_config.json"
     if is_json and config.is_file():
         shutil.copyfile(config, folder / "tokenizer_config.json")
+
+
+def end_tokens(folder: Path) -> list[int]:
+    """Returns the token ids that end a text of the model in a Hugging Face folder.
+
+    They are the `eos_token_id` of config.json and of generation_config.json, where these exist.
+
+    Raises:
+      UserError: one of them is neither a number nor a list of numbers.
+    """
+    found = []
+    for file in (folder / GENERATION, folder / "config.json"):
+        if file.is_file():
+            stored = read_json(file).get("eos_token_id")
+            found += arguments.end_tokens(f"{file}: eos_token_id", stored)
+    return list(dict.fromkeys(found))
+
+
+def write_end_tokens(folder: Path, tokens: list[int]) -> None:
+    """Writes the tokens that end a text into a decoder folder, if there are any."""
+    if tokens:
+        text = json.dumps({"eos_token_id": tokens}) + "\n"
+        (folder / GENERATION).write_text(text)
 
 
 def chat_template(folder: Path) -> str | None:

@@ -124,6 +124,41 @@ def test_a_template_goes_where_the_tokenizer_goes(stored, tmp_path):
     assert (tmp_path / "ours" / "chat_template.jinja").read_text() == "b"
 
 
+@pytest.mark.parametrize(
+    "files, expected",
+    [
+        ({}, []),
+        ({"config.json": 7}, [7]),
+        ({"config.json": None, "generation_config.json": [1, 7]}, [1, 7]),
+        ({"config.json": [9, 1], "generation_config.json": [7, 1]}, [7, 1, 9]),
+    ],
+)
+def test_every_end_of_a_text_goes_where_the_tokenizer_goes(files, expected, tmp_path):
+    theirs, ours, again = (tmp_path / name for name in ("theirs", "ours", "again"))
+    for folder in (theirs, ours, again):
+        folder.mkdir()
+    shutil.copy(VOCABULARY, theirs / "tokenizer.model")
+    for name, ends in files.items():
+        (theirs / name).write_text(json.dumps({"eos_token_id": ends}))
+    tokenizer_files.copy_tokenizer(theirs / "tokenizer.model", ours)
+    tokenizer_files.copy_tokenizer(ours / "tokenizer.model", again)
+    own = Tokenizer(VOCABULARY).eos_id
+    for folder in (ours, again):
+        assert Tokenizer(folder / "tokenizer.model").eos_ids == [own, *expected]
+        assert fingerprint(folder / "tokenizer.model") == fingerprint(VOCABULARY)
+
+
+@pytest.mark.parametrize("stored", ["1", [1, "2"], 1.5, True, {"a": 1}])
+def test_ends_of_a_text_that_are_no_tokens(stored, tmp_path):
+    shutil.copy(VOCABULARY, tmp_path / "tokenizer.model")
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": stored}))
+    expected = r"generation_config.json: eos_token_id=.*: expected a token id or a list of them"
+    with pytest.raises(UserError, match=expected):
+        Tokenizer(tmp_path / "tokenizer.model")
+    with pytest.raises(UserError, match=expected):
+        tokenizer_files.end_tokens(tmp_path)
+
+
 def test_a_template_that_is_no_text(tmp_path):
     shutil.copy(VOCABULARY, tmp_path / "tokenizer.model")
     (tmp_path / "chat_template.jinja").write_bytes(b"a\xff")
@@ -140,7 +175,7 @@ def test_templates_of_another_form(stored, tmp_path):
         tokenizer_files.chat_template(tmp_path)
 
 
-def test_a_gguf_has_its_template(tmp_path):
+def test_a_gguf_has_its_template_and_its_ends(tmp_path):
     metadata = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.tokens": ["<s>", "</s>", "a"],
@@ -148,8 +183,10 @@ def test_a_gguf_has_its_template(tmp_path):
         "tokenizer.ggml.merges": [],
         "tokenizer.ggml.bos_token_id": 0,
         "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.ggml.eot_token_id": 2,
         "tokenizer.chat_template": "{{ bos_token }}{{ messages[0].content }}",
     }
     gguf_vocabulary.write(metadata, tmp_path, "a.gguf")
-    found = Tokenizer(tmp_path / "tokenizer.json").chat([{"role": "user", "content": "aa"}])
-    assert found == [0, 2, 2]
+    found = Tokenizer(tmp_path / "tokenizer.json")
+    assert found.chat([{"role": "user", "content": "aa"}]) == [0, 2, 2]
+    assert found.eos_ids == [1, 2]

@@ -153,24 +153,23 @@ def speaking(decoder, coprocessor, tokenizer=Ids, **fields):
     return ld.AugmentedLM(dataclasses.replace(decoder, tokenizer=own), coprocessor)
 
 
-def test_eos_ends_a_row_and_pads_it(decoder, lms):
+def test_each_eos_ends_a_row_and_pads_it(decoder, lms):
     plain = lms["decoder"].generate(PROMPTS, NEW)
-    end = plain[0][3]
-    lm = speaking(decoder, None, eos_id=end)
-
-    def ended(row):
-        n = row.index(end) + 1 if end in row else NEW
-        return row[:n] + [lm.tokenizer.pad_id] * (NEW - n)
-
-    found = lm.generate(PROMPTS, NEW)
-    assert found == [ended(row) for row in plain]
-    assert found[0] != plain[0] and any(end not in row for row in plain)
+    other = next(row for row in plain if plain[0][3] not in row)
+    ends = [plain[0][3], other[6]]
+    lm = speaking(decoder, None, eos_ids=ends)
+    found = lm.continuations(PROMPTS, NEW)
+    for row, one in zip(plain, found):
+        n = next((i for i, token in enumerate(row) if token in ends), NEW)
+        assert one.text == row[:n]
+        assert one.tokens.tolist() == row[: n + 1] + [lm.tokenizer.pad_id] * (NEW - n - 1)
+    assert len(found[0].text) <= 3 and len(found[plain.index(other)].text) <= 6
 
 
 def test_latents_joined_as_often_as_if_alone(decoder, lms):
     """EOS ends one row of a batch early; others go on, and get latents."""
     plain = lms["after"].continuations(PROMPTS, NEW, every=4)
-    lm = speaking(decoder, lms["after"].coprocessor, eos_id=plain[0].tokens[2])
+    lm = speaking(decoder, lms["after"].coprocessor, eos_ids=[plain[0].tokens[2]])
     together = [c.joined for c in lm.continuations(PROMPTS, NEW, every=4)]
     for prompt, joined in zip(PROMPTS, together):
         (alone,) = lm.continuations([prompt], NEW, every=4)
@@ -183,7 +182,7 @@ def test_latents_joined_before_a_token_that_is_end_and_padding(decoder, lms):
     (plain,) = lms["after"].continuations(PROMPTS[:1], NEW, every=4)
     end = plain.tokens[4]
     assert end not in plain.tokens[:4]
-    lm = speaking(decoder, lms["after"].coprocessor, eos_id=end, pad_id=end)
+    lm = speaking(decoder, lms["after"].coprocessor, eos_ids=[end], pad_id=end)
     (found,) = lm.continuations(PROMPTS[:1], NEW, every=4)
     assert found.joined == (0, 4)
 

@@ -121,7 +121,7 @@ def test_a_sampler_is_a_value(lms):
         aug=lm.aug,
         write=None,
         room=32,
-        eos_id=-1,
+        eos_ids=[],
         pad_id=0,
         stopped=lambda new: new[:, -1] < 0,
     )

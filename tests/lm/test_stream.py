@@ -47,7 +47,7 @@ def test_stop_strings_and_eos(lm):
         (found,) = lm.generate([PROMPT], NEW, stop=stop, **options)
         assert "".join(lm.stream(PROMPT, NEW, stop=stop, **options)) == found != text
     tokenizer = Tokenizer(lm.tokenizer.path)
-    tokenizer.eos_id = int(whole.tokens[9])
+    tokenizer.eos_ids = [int(whole.tokens[9])]
     early = ld.AugmentedLM(dataclasses.replace(lm.decoder, tokenizer=tokenizer), lm.coprocessor)
     (found,) = early.generate([PROMPT], NEW, **options)
     assert "".join(early.stream(PROMPT, NEW, **options)) == found != text
