@@ -35,6 +35,7 @@ from latent_delib.results.card import card
 from latent_delib.weights import (
     exported,
     folder,
+    hub,
     huggingface,
     imported,
     locate,
@@ -108,16 +109,30 @@ def convert(
                 f"--to=huggingface: {source} is no decoder folder of ours; convert it to one first"
             )
         else:
-            convert_theirs(imported.open_source(where, wanted), partial_, dtype, wanted, tokenizer)
+            origin = {}
+            if source.startswith(hub.PREFIX):
+                origin = {"source": hub.pinned(source), "dtype": dtype}
+            theirs = imported.open_source(where, wanted)
+            convert_theirs(theirs, partial_, dtype, wanted, tokenizer, origin)
     print(f"{out}: done", flush=True)
 
 
 def convert_theirs(
-    source: Source, out: Path, dtype: str, wanted: TransformerConfig | None, tokenizer: str
+    source: Source,
+    out: Path,
+    dtype: str,
+    wanted: TransformerConfig | None,
+    tokenizer: str,
+    origin: dict[str, str],
 ) -> None:
     """Writes a decoder folder of ours from a source.
 
-    wanted: the architecture that it must have, or None.
+    Args:
+      source: a decoder of another form.
+      out: an existing folder.
+      dtype, tokenizer: as for `convert`.
+      wanted: the architecture that it must have, or None.
+      origin: as `folder.origin` returns it.
     """
     config = source.architecture
     entries, chunks = imported.tensors_of(source, dtype)
@@ -128,7 +143,7 @@ def convert_theirs(
         write_tokenizer = partial(tokenizer_files.copy_tokenizer, Path(tokenizer))
     write_tokenizer(out)
     imported.check_vocabulary(source, Tokenizer(tokenizer_files.tokenizer_path(out)).vocab_size)
-    folder.write_model(out, config, entries, progress(chunks, entries))
+    folder.write_model(out, config, entries, progress(chunks, entries), origin)
 
 
 def convert_ours(
@@ -172,12 +187,13 @@ def _write_huggingface(
       tokenizer: its tokenizer.
       out: an existing folder, which holds the tokenizer's file.
     """
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_ids}
     if tokenizer.pad_id in tokenizer.control.values():  # others would show in decoded text
         ids["pad_token_id"] = tokenizer.pad_id
     dtype = "float32" if np.dtype("float32") in dtypes.values() else "bfloat16"
     fields = huggingface.config_json(config, dtype, ids)
     (out / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+    (out / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
     if (out / "tokenizer.model").is_file():
         about = tokenizer_files.sentencepiece_config(out / "tokenizer.model")
         (out / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
@@ -211,9 +227,17 @@ def export_coprocessor(workdir: str, out: Path) -> None:
     config = build.augmentation(record, architecture).models.coprocessor.config
     trains_decoder = METHODS[trained.method].trains_decoder
     decoder = f"{workdir}/decoder" if trains_decoder else record["decoder.path"]
-    about = card(whole, decoder, trained.fingerprint, evaluation_of(workdir, record))
+    origin = {} if trains_decoder else origin_of(decoder)
+    about = card(whole, decoder, trained.fingerprint, origin, evaluation_of(workdir, record))
     exported.save(out, fields, config, params, about)
     print(f"{out}: the coprocessor of step {trained.step}", flush=True)
+
+
+def origin_of(decoder: str) -> dict[str, str]:
+    """Returns the origin of a decoder (`folder.origin`); {} where it is not at its path."""
+    if decoder.startswith(hub.PREFIX):
+        return {"source": decoder, "dtype": ""}
+    return folder.origin(locate.local_path(decoder))
 
 
 def evaluation_of(workdir: str, record: Record) -> dict[str, Any] | None:

@@ -5,9 +5,12 @@ config.json           {"format": "latent_delib decoder 1", "architecture": {fiel
 model.safetensors     the leaves of the parameter tree, by their dotted names ("layers.attn.q");
                       layers are stacked on the first axis
 fingerprint.json      {"sha256": the hash of config.json and model.safetensors, one after the other,
-                      "config_sha256", "model_bytes": the size of model.safetensors}
+                      "config_sha256", "model_bytes": the size of model.safetensors}, and the
+                      "origin", if it was converted from a model on the Hub
 tokenizer.model       a SentencePiece tokenizer; or tokenizer.json with tokenizer_config.json
 chat_template.jinja   for an instruct model alone
+generation_config.json
+                      {"eos_token_id": the tokens that end a text}, where the source names any
 """
 
 import functools
@@ -78,6 +81,15 @@ def fingerprint(folder: Path) -> str:
     return stored["sha256"]
 
 
+def origin(folder: Path) -> dict[str, str]:
+    """Returns the model on the Hub that a decoder was converted from; {} where there is none.
+
+    "source" is its name with the commit, "dtype" the --dtype of the conversion, or "".
+    """
+    path = folder / FINGERPRINT
+    return read_json(path).get("origin", {}) if path.is_file() else {}
+
+
 @functools.lru_cache(maxsize=1)
 def _hash(config: bytes, model: Path, changed: int) -> str:
     """Returns the SHA-256 of a config and a model file, hex; cached until the file changes."""
@@ -139,6 +151,7 @@ def write_model(
     config: TransformerConfig,
     entries: Mapping[str, tuple],
     chunks: Iterable[np.ndarray],
+    origin: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a decoder's config.json, model.safetensors and fingerprint.json.
 
@@ -147,6 +160,7 @@ def write_model(
       config: the architecture.
       entries: name -> shape and dtype of every leaf.
       chunks: the data of all leaves; see `tensors.write`.
+      origin: what the function `origin` is to return.
     """
     text = config_text(config)
     (folder / "config.json").write_bytes(text)
@@ -158,4 +172,6 @@ def write_model(
         "config_sha256": config_sha256,
         "model_bytes": (folder / "model.safetensors").stat().st_size,
     }
+    if origin:
+        stored["origin"] = origin
     (folder / FINGERPRINT).write_text(json.dumps(stored, indent=2) + "\n")

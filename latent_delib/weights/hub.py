@@ -55,6 +55,12 @@ def download(path: str) -> Path:
     return Path(folder)
 
 
+def pinned(path: str) -> str:
+    """Returns the name of a model with the commit that was downloaded, `hf:OWNER/NAME@COMMIT`."""
+    model, _, _ = path.partition("@")
+    return f"{model}@{download(path).name}"  # the client names the folder by the commit
+
+
 def _failure(path: str, error: Exception) -> UserError | OSError:
     """Returns the error for a model that the Hub did not send."""
     from huggingface_hub import constants

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from latent_delib.convert import convert
+from latent_delib.convert import convert, origin_of
 from latent_delib.errors import Outage, UserError
 from latent_delib.weights import folder, hub, locate
-from tests.fake_hub import environment, serving
+from tests.fake_hub import COMMIT, environment, serving
 
 ROOT = Path(__file__).resolve().parents[2]
 # In a process of its own: the client reads where the Hub is when it is imported.
@@ -65,6 +65,22 @@ def test_models_are_fetched_once_and_stay(tmp_path):
         found[1]
         == "hf:me/another: not in the Hub's cache, and the client is offline (HF_HUB_OFFLINE)"
     )
+
+
+def test_a_conversion_knows_its_model_and_the_commit(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    theirs = tmp_path / COMMIT
+    convert("packaged", str(theirs), "huggingface")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **options: str(theirs))
+    ours = tmp_path / "ours"
+    convert("hf:me/to_convert@main", str(ours), dtype="bfloat16")
+    origin = {"source": f"hf:me/to_convert@{COMMIT}", "dtype": "bfloat16"}
+    assert origin_of(str(ours)) == folder.origin(ours) == origin
+    assert origin_of("hf:me/decoder") == {"source": "hf:me/decoder", "dtype": ""}
+    convert(str(theirs), str(tmp_path / "local"), dtype="bfloat16")  # the same, from a folder
+    assert origin_of(str(tmp_path / "local")) == origin_of(str(tmp_path / "absent")) == {}
+    assert folder.fingerprint(tmp_path / "local") == folder.fingerprint(ours)
 
 
 @pytest.mark.parametrize("path", ["hf:", "hf:gemma", "hf:a/b/c", "hf:a/b@", "hf://a/b"])
