@@ -61,6 +61,9 @@ def dry_run(config: ConfigDict, workdir: str, topology: str = "") -> dict[str, A
         **needs(exp, plan, compiled),
     }
     print(show(result), flush=True)
+    total, limit = result["memory"]["total"], result["memory_limit"]
+    if limit and total > limit:  # XLA compiles for GPUs what they cannot hold
+        raise does_not_fit(gib(total), gib(limit))
     print(note_on_attention(result["attention"], config, topology), end="", flush=True)
     text = json.dumps(result | {"config": exp.record.config}, indent=2)
     files.write(epath.Path(workdir) / "dry_run.json", f"{text}\n".encode())
@@ -108,11 +111,25 @@ def compile_or_explain(exp: Experiment, plan: Plan) -> jax.stages.Compiled:
         found = OUT_OF_MEMORY.search(str(error))
         if found is None:
             raise
-        raise UserError(
-            f"does not fit: a chip needs {found[1]}iB of {found[2]}iB; split the batch "
-            "(config.train.accumulation), shard more (config.mesh.fsdp, mesh.traces), "
-            "keep less (config.compute.remat=full) or take more chips; --search tries these"
-        ) from None
+        raise does_not_fit(f"{found[1]}iB", f"{found[2]}iB") from None
+
+
+def does_not_fit(needed: str, limit: str) -> UserError:
+    """Returns the error for a program that needs more memory than a chip has."""
+    return UserError(
+        f"does not fit: a chip needs {needed} of {limit}; split the batch "
+        "(config.train.accumulation), shard more (config.mesh.fsdp, mesh.traces), "
+        "keep less (config.compute.remat=full), train less (config.method.lora_rank) or take more "
+        "chips; --search tries the first three"
+    )
+
+
+def memory_of(chip: Any) -> float | None:
+    """Returns the bytes that a program can use on a chip; None where not known."""
+    known = chips.chip_of(chip).memory
+    if known is None and chip.platform == "gpu":
+        known = (chip.memory_stats() or {}).get("bytes_limit")
+    return known
 
 
 def needs(exp: Experiment, plan: Plan, compiled: jax.stages.Compiled) -> dict[str, Any]:
@@ -120,7 +137,7 @@ def needs(exp: Experiment, plan: Plan, compiled: jax.stages.Compiled) -> dict[st
 
     Returns:
       memory: part -> bytes, with the total.
-      memory_limit: memory of the chip, bytes; None where the chip is not known.
+      memory_limit: as `memory_of` returns it.
       flops: part -> number of FLOPs.
     """
     stats = compiled.memory_analysis()
@@ -132,7 +149,7 @@ def needs(exp: Experiment, plan: Plan, compiled: jax.stages.Compiled) -> dict[st
     memory["total"] = total
     return {
         "memory": memory,
-        "memory_limit": chips.chip_of(exp.mesh.devices.flat[0]).memory,
+        "memory_limit": memory_of(exp.mesh.devices.flat[0]),
         "flops": estimate.device_flops(exp),
     }
 

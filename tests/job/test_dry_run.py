@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -104,6 +105,23 @@ def test_what_does_not_fit_is_said_in_one_line(make_config, said):
         UserError, match=r"does not fit: a chip needs 25.29GiB of 15.75GiB; split the batch"
     ):
         dry_run.compile_or_explain(exp, plan)
+
+
+def test_what_a_gpu_cannot_hold_is_refused(make_config, tmp_path, monkeypatch, capsys):
+    """XLA compiles it all the same; the job would end while it reads the decoder."""
+    monkeypatch.setattr(dry_run, "memory_of", lambda chip: 2**20)
+    with pytest.raises(UserError, match=r"does not fit: a chip needs \d\S* GiB of 0.00 GiB; split"):
+        dry_run.dry_run(make_config(), str(tmp_path))
+    assert "GiB of 0.00 GiB" in capsys.readouterr().out, "the parts are shown before"
+
+
+def test_a_gpu_says_how_much_it_holds():
+    gpu = SimpleNamespace(platform="gpu", device_kind="NVIDIA L4")
+    gpu.memory_stats = lambda: {"bytes_limit": 24, "bytes_in_use": 3}
+    assert dry_run.memory_of(gpu) == 24
+    tpu = SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
+    assert dry_run.memory_of(tpu) == 15.75 * 2**30
+    assert dry_run.memory_of(jax.devices("cpu")[0]) is None
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
