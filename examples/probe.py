@@ -1,12 +1,16 @@
 """Shows which tokens latents help with: the change in perplexity by kind of token, as a table.
 
   .venv/bin/python -m examples.probe [WORKDIR] [FOLDER]
+  .venv/bin/python -m examples.probe --temperature=1.05     # the control: no latents
 
 WORKDIR holds the coprocessor ("packaged"), FOLDER works of text, *.txt (packaged/validation). The
-decoder is the packaged one. To ask another question of the tokens, change `kinds`.
+decoder is the packaged one. To ask another question of the tokens, change `kinds`. The control
+divides all logits of the decoder by a constant instead, which also makes predictions less sure.
 """
 
-import sys
+import argparse
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,8 @@ LENGTH = 128  # tokens of a row
 ROWS = 32  # rows at once
 PLACES = 16  # where latents are put, per row
 AHEAD = 16
+# Rows and places -> log p of the AHEAD tokens after each place, without latents and with them.
+Scores = Callable[[np.ndarray, np.ndarray], tuple[Any, Any]]
 AFTER = {"n = 1": slice(0, 1), "n = 2 to 4": slice(1, 4), "n = 5 to 16": slice(4, 16)}
 
 
@@ -72,7 +78,23 @@ def kinds(row: np.ndarray, at: int, rank: np.ndarray, top: np.ndarray) -> dict[s
     }
 
 
-def measure(lm: ld.AugmentedLM, works: list[Path]) -> dict[str, np.ndarray]:
+def tempered(lm: ld.AugmentedLM, temperature: float) -> Scores:
+    """Returns the control: instead of latents, all logits of the decoder are divided."""
+
+    def score(some: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        logits = lm.logits(some)[:, :-1]
+        row = np.arange(len(some))[:, None, None]
+        place = places[:, :, None] + np.arange(AHEAD)
+        plain, divided = [
+            np.take_along_axis(np.asarray(log_p), some[:, 1:, None], axis=-1)[row, place, 0]
+            for log_p in map(jax.nn.log_softmax, (logits, logits / temperature))
+        ]
+        return plain, divided
+
+    return score
+
+
+def measure(lm: ld.AugmentedLM, works: list[Path], score: Scores) -> dict[str, np.ndarray]:
     """Returns for each kind the tokens and the sum of what latents add to -log p: [2, works, n]."""
     rows = {work: rows_of(lm.tokenizer, work) for work in works}
     count = np.bincount(np.concatenate([x.ravel() for x in rows.values()]), minlength=1)
@@ -83,7 +105,7 @@ def measure(lm: ld.AugmentedLM, works: list[Path]) -> dict[str, np.ndarray]:
         for first in range(0, len(rows[work]), ROWS):
             some = rows[work][first : first + ROWS]
             places = places_of(draw, len(some))
-            plain, augmented = map(np.asarray, lm.ahead_logprobs(some, places, AHEAD))
+            plain, augmented = map(np.asarray, score(some, places))
             top = np.asarray(jax.nn.softmax(lm.logits(some)).max(axis=-1))
             for row, places_of_row, top_T, change in zip(some, places, top, plain - augmented):
                 for at, change_A in zip(places_of_row, change):
@@ -98,13 +120,24 @@ def cell(tokens: np.ndarray, change: np.ndarray) -> str:
     """Returns the change in perplexity and its interval over works, from sums of each, [works]."""
     mean = 100 * np.expm1(change.sum() / tokens.sum())
     work = np.arange(len(tokens))
-    low, high = intervals.interval(tokens[:, None], change[:, None], work, seed=0)[:, 0]
+    found = intervals.estimate(tokens[:, None], change[:, None], work, seed=0)
+    low, high = found.at_n[:, 0]
     return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
-def main(workdir: str = "packaged", folder: str = str(WORKS)) -> None:
-    lm = ld.AugmentedLM(ld.load_decoder("packaged"), ld.load_coprocessor(workdir))
-    found = measure(lm, sorted(Path(folder).glob("*.txt")))
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("workdir", nargs="?", default="packaged")
+    parser.add_argument("folder", nargs="?", default=str(WORKS))
+    parser.add_argument("--temperature", type=float, help="the divisor of the control")
+    flags = parser.parse_args()
+    lm = ld.AugmentedLM(ld.load_decoder("packaged"), ld.load_coprocessor(flags.workdir))
+    score = partial(lm.ahead_logprobs, ahead=AHEAD)
+    if flags.temperature:
+        score = tempered(lm, flags.temperature)
+    found = measure(lm, sorted(Path(flags.folder).glob("*.txt")), score)
     print("| the token to be predicted | share |", " | ".join(AFTER), "|")
     print("|---|---|" + "---|" * len(AFTER))
     for kind, sums in found.items():
@@ -114,4 +147,4 @@ def main(workdir: str = "packaged", folder: str = str(WORKS)) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -23,10 +23,10 @@ from latent_delib.measure import perplexity
 from latent_delib.measure.perplexity import Sums
 from latent_delib.measure.text import ValidationText, read_validation_text
 from latent_delib.measure.views import View, view_of
-from latent_delib.results.table_format import change
+from latent_delib.results.tables import changes
 
 ROWS = 128  # rows at once
-SHOWN = (1, 4, 16, 32)  # n
+COLUMNS = ("n = 1", "n = 4", "n = 16", "n = 32", "mean")
 Score = Callable[[np.ndarray], np.ndarray]  # tokens [R, T] -> -log p of each next one [R, T - 1]
 
 
@@ -96,8 +96,8 @@ def main(widths: Sequence[int]) -> None:
     counts = at[:, None] + 1 + np.arange(A) < lengths[piece, None]
 
     document = text.document[piece]
-    print("| the decoder reads |", " | ".join(f"n = {n}" for n in SHOWN), "| mean |")
-    print("|---|" + "---|" * (len(SHOWN) + 1))
+    print("| the decoder reads |", " | ".join(COLUMNS), "|")
+    print("|---|" + "---|" * len(COLUMNS))
     for width in widths:
         rows, at_row = recent_rows(tokens_PT, piece, at, width, A)
         alone = ahead(score(rows), at_row, A)
@@ -105,15 +105,10 @@ def main(widths: Sequence[int]) -> None:
         for number, source in enumerate(text.sources):
             here = text.source[document] == number
             of_source = Sums(*(x[here] for x in sums))
-            found = perplexity.table({"nll": of_source}, text.work[document[here]], seed=0)
-            print(f"| the last {width} tokens, {source} |", " | ".join(cells(found)), "|")
-
-
-def cells(rows: list[dict]) -> list[str]:
-    """Returns the change and its interval at the n of SHOWN, and the mean over all n."""
-    found = [str(change(rows[n - 1])).replace("%", "") for n in SHOWN]
-    mean = sum(row["change_percent"] for row in rows) / len(rows)
-    return [*found, f"{mean:+.2f}"]
+            work = text.work[document[here]]
+            found = changes(perplexity.figures({"nll": of_source}, work, seed=0))
+            cells = [str(found[column]).replace("%", "") for column in COLUMNS]
+            print(f"| the last {width} tokens, {source} |", " | ".join(cells), "|")
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def test_a_checkpoint(trained, evaluated, logprobs, documents, pieces, trained_l
         "text",
         "provenance",
     }
-    keys |= {"num_works", "interval_over", "draws", "start", "training"}
+    keys |= {"mean", "num_works", "interval_over", "draws", "start", "training"}
     assert set(result) == keys and set(result["provenance"]) == {
         "command",
         "date",
@@ -124,14 +124,16 @@ def test_bfloat16_stays_near_float32(make_config, trained, evaluated, tmp_path):
 
 def test_what_is_printed(make_config, evaluated, pieces):
     result, _, printed = evaluated
-    heading, *table, head, first, second = printed.splitlines()[-8:]
+    heading, *table, head, first, second = printed.splitlines()[-9:]
     assert heading.endswith(f"{len(pieces)} pieces of 12 documents of 2 works")
-    assert [line.split()[0] for line in table] == ["n", "1", "2", "4"] and (
+    assert [line.split()[0] for line in table] == ["n", "1", "2", "4", "mean"] and (
         "interval over works" in table[0]
     )
     row = result["rows"][0]
     assert table[1].split()[3] == f"{row['augmented_ppl']:.4f}"
-    assert f"[{row['change_low']:+.2f}, {row['change_high']:+.2f}]" in table[1]
+    for shown, line in ((row, table[1]), (result["mean"], table[-1])):
+        interval = f"[{shown['change_low']:+.2f}, {shown['change_high']:+.2f}]"
+        assert line.endswith(f"{shown['change_percent']:+.2f}%   {interval}")
     assert head.split() == "by work, intervals over its documents n = 1 n = 4".split()
     works = result["sets"][make_config().data.validation[0]]["works"]
     for line, (name, work) in zip((first, second), works.items(), strict=True):
@@ -185,7 +187,7 @@ def add_up(exp, params, ahead=None):
         perplexity.add_up(
             exp, sums, text.document[numbers], cases, values.values_of(exp, steps, sides, cases)
         )
-    return perplexity.table(sums, text.work, 0)
+    return perplexity.figures(sums, text.work, 0)["rows"]
 
 
 @pytest.mark.parametrize("batch_size, positions", [(8, 8), (16, 2)])

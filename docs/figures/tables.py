@@ -31,7 +31,7 @@ from typing import NamedTuple
 from latent_delib.measure import perplexity
 from latent_delib.results import against, packed, runs
 from latent_delib.results.costs import training_costs
-from latent_delib.results.table_format import change
+from latent_delib.results.tables import changes
 
 RESULTS = Path(__file__).parents[1] / "results"
 PAGES = [
@@ -145,17 +145,31 @@ def cells(folder: str, row: Row, head: list[str]) -> list[str]:
     ours = find(RESULTS / folder / row.run, row.evaluation)
     data = ours.data
     if row.against:
-        rows = paired(ours, RESULTS / folder / row.against, row.source)
+        part = paired(ours, RESULTS / folder / row.against, row.source)
     elif row.source:
-        rows = list(data["sets"][data["config"]["data"]["validation"][int(row.source)]]["rows"])
+        part = data["sets"][data["config"]["data"]["validation"][int(row.source)]]
     else:
-        rows = data["rows"]
-    values = {f"n = {each['n']}": str(change(each)).replace("%", "") for each in rows}
-    values["mean"] = f"{sum(each['change_percent'] for each in rows) / len(rows):+.2f}"
+        part = data
+    if "mean" in head and "mean" not in part:
+        part = part | {"mean": mean_of(ours, row.source)}
+    rows = part["rows"]
+    values = {name: str(cell).replace("%", "") for name, cell in changes(part).items()}
     below = sum((each["change_high"] or 0) < 0 for each in rows)  # None: not known
     above = sum((each["change_low"] or 0) > 0 for each in rows)
     values["below / above"] = f"{below} / {above}"
     return [values[name] for name in head]
+
+
+def mean_of(ours: runs.Result, source: str) -> dict:
+    """Returns the mean of the changes over n, on one source or on all, as `evaluate` computes it.
+
+    Files from before 2026-12-03 do not have it.
+    """
+    arrays = ours.read_documents()
+    chosen = arrays["source"] == int(source) if source else slice(None)
+    sums = perplexity.Sums(*(arrays[name][chosen] for name in perplexity.Sums._fields))
+    seed = ours.data["config"]["evaluate"]["seed"]
+    return perplexity.figures({"nll": sums}, arrays["work"][chosen], seed)["mean"]
 
 
 def summary(run: str) -> list[str]:
@@ -170,7 +184,7 @@ def summary(run: str) -> list[str]:
         if RESULTS / "lab" / row.run / "perplexity.json" in READ:
             data = find(RESULTS / "lab" / row.run, "").data
             known = data["sets"][data["config"]["data"]["validation"][0]]["rows"]
-            on_text.append(f"{sum(each['change_percent'] for each in known) / len(known):+.2f}")
+            on_text.append(f"{perplexity.mean_change(known):+.2f}")
             costs = costs_of("lab", row)
         if RESULTS / "hops" / row.run / "benchmarks.json" in READ:
             (solved,) = accuracies("hops", row, ["hops.test"], is_plain=False)
@@ -206,12 +220,12 @@ def find(run: Path, evaluation: str) -> runs.Result:
     return runs.Result("", folder, data, READ.get(folder / packed.DOCUMENTS))
 
 
-def paired(ours: runs.Result, base: Path, source: str) -> list[dict]:
-    """Compares two evaluations at each n, work by work, on one source or on all."""
+def paired(ours: runs.Result, base: Path, source: str) -> dict:
+    """Compares two evaluations work by work, on one source or on all."""
     pair = against.pair_of(READ[base / packed.DOCUMENTS](), ours)
     chosen = pair.source == int(source) if source else slice(None)
     sums = perplexity.Sums(*(x[chosen] for x in pair.sums))
-    return perplexity.table({"nll": sums}, pair.work[chosen], seed=0)
+    return perplexity.figures({"nll": sums}, pair.work[chosen], seed=0)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Documents are pooled, and intervals estimated, only after all sums are known.
 import hashlib
 import io
 import json
+import math
 import zipfile
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -221,26 +222,47 @@ def _part(
     """Returns the figures of some documents: those with True in `documents`, bool [documents]."""
     work = text.work[documents]
     return {
-        "rows": table(jax.tree.map(lambda x: x[documents], sums), work, seed),
+        **figures(jax.tree.map(lambda x: x[documents], sums), work, seed),
         "documents": len(work),
         "num_works": len(np.unique(work)),
         "interval_over": intervals.unit(work),
     }
 
 
-def table(sums: SumsByTerm, work: np.ndarray, seed: int) -> list[dict[str, Any]]:
-    """Returns a row for each n that some document reaches: the change, and the metrics in `sums`.
+def figures(sums: SumsByTerm, work: np.ndarray, seed: int) -> dict[str, Any]:
+    """Returns the change by latents at each n, and in the mean over n.
 
-    The change is in perplexity, percent. The ends of its interval are None where the interval
-    cannot be estimated.
+    The change is in perplexity, percent. The ends of an interval are None where the interval cannot
+    be estimated.
 
-    work: int [documents], the work of each document.
+    Args:
+      sums: by term.
+      work: int [documents], the work of each document.
+      seed: of the intervals.
+
+    Returns:
+      "rows", one for each n that some document reaches: the change, and the metrics in `sums`; and
+      "mean", the mean of these changes.
     """
     tokens, decoder, augmented = sums["nll"]
-    interval = intervals.interval(tokens, augmented - decoder, work, seed)
+    found = intervals.estimate(tokens, augmented - decoder, work, seed)
     total = jax.tree.map(lambda x: x.sum(axis=0), sums)
     reached = np.flatnonzero(total["nll"].tokens)
-    return [_row(int(index), total, interval) for index in reached]
+    rows = [_row(int(index), total, found.at_n) for index in reached]
+    return {"rows": rows, "mean": _change(mean_change(rows), found.mean)}
+
+
+def mean_change(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Returns the mean over n of the changes in rows of a perplexity.json; NaN without a row."""
+    changes = [row["change_percent"] for row in rows]
+    return sum(changes) / len(changes) if changes else math.nan
+
+
+def _change(percent: float, interval: np.ndarray) -> dict[str, float | None]:
+    """Returns a change and the ends of its interval, [2], by the names in perplexity.json."""
+    values = (percent, *interval.tolist())
+    known = [None if math.isnan(value) else value for value in values]
+    return dict(zip(("change_percent", "change_low", "change_high"), known))
 
 
 def _row(index: int, total: SumsByTerm, interval: np.ndarray) -> dict[str, Any]:
@@ -255,8 +277,4 @@ def _row(index: int, total: SumsByTerm, interval: np.ndarray) -> dict[str, Any]:
         row[f"decoder_{each.name}"] = float(each.pool(decoder | {"tokens": tokens}))
         row[f"augmented_{each.name}"] = float(each.pool(augmented | {"tokens": tokens}))
     more_nll = total["nll"].augmented[index] - total["nll"].decoder[index]
-    low, high = interval[:, index]
-    row["change_percent"] = 100 * float(np.expm1(more_nll / tokens))
-    row["change_low"] = None if np.isnan(low) else float(low)
-    row["change_high"] = None if np.isnan(high) else float(high)
-    return row
+    return row | _change(100 * float(np.expm1(more_nll / tokens)), interval[:, index])

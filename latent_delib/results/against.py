@@ -57,14 +57,14 @@ def compare(found: Runs, against: str) -> Table:
             why = f"its frozen decoder's perplexity differs from that of {against}"
             warn(f"left out {result.path.parent}: {why}")
             continue
-        compared = perplexity.table({"nll": pair.sums}, pair.work, seed=0)
+        compared = perplexity.figures({"nll": pair.sums}, pair.work, seed=0)
         rows.append({"from": result.key} | tables.changes(compared))
         used.append(result)
     ours = list(map(entry_of, used))
     for row, entry, words in zip(rows, ours, labels(ours)):
         row |= {"latents": entry.latents, "what": words}
     title = f"Change in perplexity of the n-th token ahead against {against}"
-    columns = ["latents", "what", "from", *tables.BY_N]
+    columns = ["latents", "what", "from", *tables.COLUMNS]
     return tables.make_table("13_against", title, columns, rows, used)
 
 

@@ -54,7 +54,7 @@ def _row(entry: Entry, found: Runs, words: str) -> Row:
         if seconds is not None:
             row["ms per step"] = Figure(1000 * seconds, WHOLE)
         if result.path.name == PERPLEXITY:
-            row |= tables.changes(result.data["rows"])
+            row |= tables.changes(result.data)
     for benchmark, (scored, _) in entry.scores.items():
         row[benchmark] = score(scored)
     return row

@@ -1,6 +1,5 @@
 """An evaluation as plain text, as `evaluate` prints it."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from latent_delib.job.words import settings_in_words, writes_latents
@@ -22,10 +21,10 @@ def as_text(result: dict[str, Any]) -> str:
     for source, found in sets.items():
         if len(sets) > 1:
             lines.append(f"{source}, {_documents(found)}")
-        lines.append(_table(found["rows"], _drawn(found)))
+        lines.append(_table(found))
         lines += _works(found["works"])
     if len(sets) > 1:
-        lines += ["all", _table(result["rows"], _drawn(result))]
+        lines += ["all", _table(result)]
     return "\n".join(lines)
 
 
@@ -73,22 +72,21 @@ def _works(works: dict[str, dict[str, Any]]) -> list[str]:
     lines = [names]
     for name, part in works.items():
         cells = [f"{name}, {_documents(part | {'interval_over': None})}"]
-        known = changes(part["rows"])
+        known = changes(part)
         for column in names[1:]:
             cells.append(str(known.get(column, "")))
         lines.append(cells)
     return [f"  {line}" for line in aligned(lines, left=names)]
 
 
-def _table(rows: Sequence[dict[str, Any]], over: str) -> str:
-    """Returns rows of perplexity.json as plain text, for n = 1, 2, 4, 8, ...
+def _table(part: dict[str, Any]) -> str:
+    """Returns a part of perplexity.json as plain text: n = 1, 2, 4, ..., and the mean over every n.
 
     Metrics other than perplexity follow the interval, without latents and with them.
-
-    over: the units that intervals draw, in words.
     """
-    interval = f"95 % interval over {over}"
-    head = f"{'n':>3} {'tokens':>10} {'decoder':>10} {'augmented':>10} {'change':>9}   {interval}"
+    rows = part["rows"]
+    interval = f"95 % interval over {_drawn(part)}"
+    head = f"{'n':>4} {'tokens':>10} {'decoder':>10} {'augmented':>10} {'change':>9}   {interval}"
     others = []
     for each in metric.METRICS:
         is_measured = all(f"decoder_{each.name}" in row for row in rows)
@@ -99,14 +97,20 @@ def _table(rows: Sequence[dict[str, Any]], over: str) -> str:
         is_power_of_two = row["n"] & (row["n"] - 1) == 0
         if not is_power_of_two:
             continue
-        interval = "one alone"
-        if row["change_low"] is not None:
-            interval = f"[{row['change_low']:+.2f}, {row['change_high']:+.2f}]"
         line = (
-            f"{row['n']:>3} {row['tokens']:>10,} "
-            f"{row['decoder_ppl']:>10.4f} {row['augmented_ppl']:>10.4f} "
-            f"{row['change_percent']:>+8.2f}%   {interval}"
+            f"{row['n']:>4} {row['tokens']:>10,} "
+            f"{row['decoder_ppl']:>10.4f} {row['augmented_ppl']:>10.4f} {_change(row)}"
         )
         more = [f"{row[f'decoder_{name}']:.4g} {row[f'augmented_{name}']:.4g}" for name in others]
         lines.append("; ".join([line, *more]))
+    if part.get("mean"):  # older files have none
+        lines.append(f"{'mean':<38}{_change(part['mean'])}")
     return "\n".join(lines)
+
+
+def _change(row: dict[str, Any]) -> str:
+    """Returns a change and its interval, in two columns."""
+    interval = "one alone"
+    if row["change_low"] is not None:
+        interval = f"[{row['change_low']:+.2f}, {row['change_high']:+.2f}]"
+    return f"{row['change_percent']:>+8.2f}%   {interval}"

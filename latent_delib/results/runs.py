@@ -31,7 +31,7 @@ FIELDS = {
 # Fields that files and rows may have; older files lack some of them.
 OPTIONAL = {
     **dict.fromkeys(("checkpoint", "metric", "interval_over"), str),
-    **dict.fromkeys(("sets", "works", "provenance"), dict),
+    **dict.fromkeys(("mean", "sets", "works", "provenance"), dict),
     **dict.fromkeys(("step", "documents"), int),
     **dict.fromkeys(
         ("change_low", "change_high", "low", "high", "shots", "every", "delay", "step_seconds"),

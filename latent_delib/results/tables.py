@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from latent_delib.measure.perplexity import mean_change
 from latent_delib.results import published
 from latent_delib.results.comparisons import COMPARISONS, entries_in, is_decoder, is_paper_method
 from latent_delib.results.entries import (
@@ -18,6 +19,7 @@ from latent_delib.results.table_format import CHANGE, Figure, Row, Table, change
 
 AHEAD = (1, 2, 4, 8, 16, 32)  # n of Table 1
 BY_N = [f"n = {n}" for n in AHEAD]  # columns
+COLUMNS = [*BY_N, "mean"]  # the mean is over every n
 PUBLISHED = f"published, {published.DECODER}"
 # "interval_over" of a perplexity.json, in words.
 INTERVALS = {
@@ -71,7 +73,7 @@ def _perplexity(
     for result, words in zip(results, labels(list(map(entry_of, results)))):
         for part, found in _parts(result.data).items():
             row = {"latents": entry_of(result).latents, "what": words, "from": result.key}
-            row |= changes(found["rows"])
+            row |= changes(found)
             if part:
                 over = INTERVALS.get(found.get("interval_over"), "")
                 row["what"] = f"{words}: {part} alone, interval {over}"
@@ -80,12 +82,17 @@ def _perplexity(
                     row[decoder] = Figure(each["decoder_ppl"])
             rows.append(row)
     rows.sort(key=lambda row: row["latents"])
-    return make_table(name, title, ["latents", "what", "from", decoder, *BY_N], rows, results)
+    return make_table(name, title, ["latents", "what", "from", decoder, *COLUMNS], rows, results)
 
 
-def changes(rows: Sequence[dict[str, Any]]) -> Row:
-    """Returns cells with the change at each n, by column, from rows of a perplexity.json."""
-    return {f"n = {row['n']}": change(row) for row in rows}
+def changes(part: Mapping[str, Any]) -> Row:
+    """Returns cells with the change at each n and in the mean over n, by column.
+
+    part: a perplexity.json, or its part of a source or a work; older files have no "mean".
+    """
+    cells = {f"n = {row['n']}": change(row) for row in part["rows"]}
+    mean = part.get("mean") or {"change_percent": mean_change(part["rows"])}
+    return cells | {"mean": change(mean)}
 
 
 def _parts(data: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -93,6 +93,13 @@ def test_no_command_stands_in_running_text(page):
     assert found == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_table_stands_in_running_text(page):
+    """A table was wrapped as if it were a paragraph."""
+    found = re.findall(r"^.*[^|\s:-].*\|---.*$", running_text(page), re.MULTILINE)
+    assert found == []
+
+
 def config_of(words: list[str]):
     """Returns the config that the words of a command make of the file they name."""
     file = next(word.removeprefix("--config=") for word in words if word.startswith("--config="))
@@ -178,7 +185,7 @@ def test_a_command_names_what_exists(words, monkeypatch):
         return
     given = words[words.index(modules[0]) + 1 :]
     names = {word[2:].partition("=")[0] for word in given if re.match(r"--\w", word)}
-    if modules[0].startswith("benchmarks."):
+    if modules[0].startswith(("benchmarks.", "examples.")) and names:
         known = flags_of_benchmark(modules[0], monkeypatch)
     else:
         known = flags_of(modules[0])

@@ -9,7 +9,7 @@ from latent_delib.measure.perplexity import Sums
 
 
 def interval(sums, work, seed):
-    return intervals.interval(sums.tokens, sums.augmented - sums.decoder, work, seed)
+    return intervals.estimate(sums.tokens, sums.augmented - sums.decoder, work, seed).at_n
 
 
 def test_none_where_one_of_several_works_reaches():
@@ -24,12 +24,19 @@ def test_none_where_one_of_several_works_reaches():
 def test_no_row_where_no_document_reaches():
     tokens = np.array([[3, 2, 0], [1, 0, 0]])
     decoder, augmented = np.log([2.0, 8.0, 1.0]) * tokens, np.log([2.0, 4.0, 1.0]) * tokens
-    rows = perplexity.table({"nll": Sums(tokens, decoder, augmented)}, np.arange(2), 0)
+    found = perplexity.figures({"nll": Sums(tokens, decoder, augmented)}, np.arange(2), 0)
     close = pytest.approx
-    assert [list(row.values()) for row in rows] == [
+    assert [list(row.values()) for row in found["rows"]] == [
         [1, 4, close(2), close(2), close(0), close(0), close(0)],
         [2, 2, close(8), close(4), close(-50), None, None],  # one document says nothing of others
     ]
+    assert list(found["mean"].values()) == [close(-25), None, None]
+
+
+def test_text_without_a_token():
+    none = Sums(np.zeros((2, 3), int), np.zeros((2, 3)), np.zeros((2, 3)))
+    found = perplexity.figures({"nll": none}, np.arange(2), 0)
+    assert found["rows"] == [] and list(found["mean"].values()) == [None, None, None]
 
 
 def test_a_bootstrap_over_documents():
@@ -69,6 +76,25 @@ def test_whole_works_are_drawn():
     np.testing.assert_allclose(found, ends(changes, units=4), rtol=1e-9)
 
 
+def test_the_mean_over_n():
+    """The same draws one by one, each with the mean of its changes in percent."""
+    draw = np.random.default_rng(5)
+    tokens = draw.integers(1, 9, (30, 3))
+    change = draw.normal(0, 0.3, tokens.shape) * tokens
+    found = intervals.estimate(tokens, change, np.arange(30), 11)
+    resample, means = np.random.default_rng(11), []
+    for _ in range(2000):
+        drawn = resample.integers(30, size=30)
+        means.append(np.expm1(change[drawn].sum(0) / tokens[drawn].sum(0)).mean())
+    expected = np.expm1(ends(np.log1p(means), units=30) / 100)  # `ends` takes nats
+    np.testing.assert_allclose(np.expm1(found.mean / 100), expected, rtol=1e-3)
+    width = found.at_n[1] - found.at_n[0]
+    assert found.mean[1] - found.mean[0] < 0.8 * width.mean()  # the n are independent here
+    same = np.repeat(tokens[:, :1], 3, axis=1), np.repeat(change[:, :1], 3, axis=1)
+    alike = intervals.estimate(*same, np.arange(30), 11)  # and here they are one
+    np.testing.assert_allclose(alike.mean, alike.at_n[:, 0], atol=0.01)
+
+
 def ends(changes, units):
     """The ends of an interval in percent, from the changes of its resamples in nats."""
     wide = stats.t.ppf(0.975, units - 1) * (units / (units - 1)) ** 0.5
@@ -88,7 +114,8 @@ def test_intervals_hold_as_often_as_they_say():
         tokens = draw.integers(50, 200, (len(work), 1))
         of_works = np.repeat(draw.normal(0.01, 0.02, works), size)
         change = of_works + draw.normal(0, 0.04, len(work))
-        low, high = intervals.interval(tokens, change[:, None] * tokens, work, seed)[:, 0]
+        found = intervals.estimate(tokens, change[:, None] * tokens, work, seed)
+        low, high = found.at_n[:, 0]
         held.append(low <= 100 * np.expm1(0.01) <= high)
     assert 0.91 <= np.mean(held) <= 0.985  # two standard errors and more each side
 
@@ -100,13 +127,14 @@ def test_works_with_opposite_effects_tell_nothing_of_a_third():
     effect = np.repeat([-0.02, 0.03], [60, 20]) + np.random.default_rng(0).normal(0, 0.005, 80)
     sums = Sums(tokens, decoder, decoder + effect[:, None] * tokens)
     work = np.repeat([0, 1], [60, 20])
-    (row,) = perplexity.table({"nll": sums}, work, 0)
+    (row,) = perplexity.figures({"nll": sums}, work, 0)["rows"]
     assert intervals.unit(work) == "works"
     assert row["change_low"] < -1.8 and row["change_high"] > 2.8
-    (over_documents,) = perplexity.table({"nll": sums}, np.arange(80), 0)
+    (over_documents,) = perplexity.figures({"nll": sums}, np.arange(80), 0)["rows"]
     assert intervals.unit(np.arange(80)) == "documents"
     assert over_documents["change_high"] < 0, "a bootstrap over documents is sure of a gain"
-    (novel,) = perplexity.table({"nll": Sums(*(x[work == 0] for x in sums))}, work[work == 0], 0)
+    of_first = Sums(*(x[work == 0] for x in sums))
+    (novel,) = perplexity.figures({"nll": of_first}, work[work == 0], 0)["rows"]
     assert intervals.unit(work[work == 0]) == "documents of one work"
     assert novel["change_high"] < -1.7
 

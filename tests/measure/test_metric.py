@@ -9,9 +9,9 @@ import latent_delib as ld
 from latent_delib import evaluate
 from latent_delib.delib import augment
 from latent_delib.job import experiment
-from latent_delib.measure import metric, perplexity
+from latent_delib.measure import metric
 from latent_delib.measure.metric import Metric, of_logits
-from latent_delib.measure.perplexity import Sums
+from latent_delib.measure.perplexity import Sums, figures
 from latent_delib.measure.text import read_validation_text
 from latent_delib.results.evaluation import as_text
 
@@ -80,6 +80,6 @@ def test_new_metrics(make_config, trained, decoder_folder, tmp_path, monkeypatch
     assert "accuracy" not in as_text(known)  # evaluated before there was this metric
     with np.load(tmp_path / "more" / "documents.npz") as sums:
         nll = Sums(*(sums[name] for name in Sums._fields))
-        assert "decoder_accuracy" not in perplexity.table({"nll": nll}, sums["work"], seed=0)[0]
+        assert "decoder_accuracy" not in figures({"nll": nll}, sums["work"], seed=0)["rows"][0]
         hits = sums["decoder_hits"][:, 0].sum()
         assert hits == result["rows"][0]["decoder_accuracy"] * sums["tokens"][:, 0].sum()

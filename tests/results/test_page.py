@@ -36,7 +36,9 @@ def test_csv(by_name, out):
     head, first, second = rows[:3]
     assert head[4:7] == ["n = 1", "n = 1 low", "n = 1 high"] and "n = 32 low" not in head
     assert first[4:7] == ["-1.53", "", ""] and second[4:7] == ["-0.5", "-0.75", "-0.25"]
-    assert {len(row) for row in rows} == {len(by_name["1_perplexity"].columns) + 6}
+    assert {len(row) for row in rows} == {
+        len(by_name["1_perplexity"].columns) + 8
+    }  # and both ends at three n, and of the mean
 
 
 def test_the_page_has_every_table_and_figure(out, by_name):

@@ -17,6 +17,7 @@ from tests.results.writers import (
     tables_of,
 )
 
+MEAN = "-0.25% [-1.00, +1.00]"  # as the file has it
 CHANGES = ["-0.50% [-0.75, -0.25]", "-0.25% [-0.50, +0.00]", "-0.12% [-0.38, +0.12]"]  # of run a
 
 
@@ -29,24 +30,32 @@ def test_the_published_line_of_perplexity(by_name):
     """The paper's figures stand in wrong columns."""
     table = by_name["1_perplexity"]
     by_n = [f"n = {n}" for n in (1, 2, 4, 8, 16, 32)]
-    assert table.columns == ["latents", "what", "from", "decoder, n = 1", *by_n]
+    assert table.columns == ["latents", "what", "from", "decoder, n = 1", *by_n, "mean"]
     figures = ["10.96", "-1.53%", "-1.67%", "-1.39%", "-1.22%", "-0.85%", "-0.55%"]
-    assert cells(table)[0] == ["8", "published, Gemma-2 2B", "", *figures]
+    assert cells(table)[0] == ["8", "published, Gemma-2 2B", "", *figures, ""]
 
 
 def test_our_lines_of_perplexity(by_name):
     """Ours do not follow the published line of as many latents, or lack a source or a blank."""
     rows = cells(by_name["1_perplexity"])
     assert [row[0] for row in rows] == ["8"] * 6 + ["16"] * 2 + ["32", "64"]
-    assert rows[1] == ["8", OURS, "P1", "50.00", *CHANGES, "", "", ""]
+    assert rows[1] == ["8", OURS, "P1", "50.00", *CHANGES, "", "", "", MEAN]
     alone = f"{HOSTILE} alone, interval over documents, whose works were not kept"
-    assert rows[3] == ["8", f"{OURS}: {alone}", "P1", "50.00", CHANGES[0], "", "", "", "", ""]
+    assert rows[3] == [
+        "8",
+        f"{OURS}: {alone}",
+        "P1",
+        "50.00",
+        CHANGES[0],
+        *[""] * 5,
+        CHANGES[0][:6],
+    ]
 
 
 def test_an_older_file_has_blanks(by_name):
     """A report of older runs fails, or shows intervals that nobody measured."""
     label = OURS.replace("180", "7")
-    figures = ["50.00", "-0.50%", "-0.25%", "-0.12%", "", "", ""]
+    figures = ["50.00", "-0.50%", "-0.25%", "-0.12%", "", "", "", "-0.29%"]
     assert ["8", label, "P6", *figures] in cells(by_name["1_perplexity"])
 
 

@@ -41,6 +41,7 @@ def perplexity(folder, change, of=None, step: int | None = 180, *, run="", **fie
     workdir = run or f"runs/{folder.name}"
     data = {
         "rows": ahead(change),
+        "mean": {"change_percent": change / 2, "change_low": -1.0, "change_high": 1.0},
         "sets": {},
         "documents": 5,
         "pieces": 5,
