@@ -9,8 +9,8 @@ from latent_delib.results.entries import controls_in_words
 from latent_delib.results.figures import CURVES
 from latent_delib.results.tables import changes
 
-# Units -> percent of cases in which a 95 % interval over so few holds (simulated: works of equal
-# size, normal changes).
+# Units -> percent of cases in which a 95 % interval over so few holds: works of equal size, normal
+# changes, simulated by tests/measure/test_intervals.py.
 HOLDS = {2: 47, 3: 75, 4: 88}
 
 

@@ -6,6 +6,7 @@ from scipy import stats
 
 from latent_delib.measure import intervals, perplexity
 from latent_delib.measure.perplexity import Sums
+from latent_delib.results.evaluation import HOLDS
 
 
 def interval(sums, work, seed):
@@ -118,6 +119,22 @@ def test_intervals_hold_as_often_as_they_say():
         low, high = found.at_n[:, 0]
         held.append(low <= 100 * np.expm1(0.01) <= high)
     assert 0.91 <= np.mean(held) <= 0.985  # two standard errors and more each side
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("works, percent", [*HOLDS.items(), (5, 91)])
+def test_few_works_hold_as_often_as_readers_are_told(works, percent):
+    """Of equal size, with normal changes; to four standard errors of the simulation."""
+    draw = np.random.default_rng(works)
+    cases = 1500
+    tokens = np.full((works, 1), 100)
+    held = 0
+    for seed in range(cases):
+        change = draw.normal(0, 1e-3, (works, 1)) * tokens
+        low, high = intervals.estimate(tokens, change, np.arange(works), seed).at_n[:, 0]
+        held += low <= 0 <= high
+    share = percent / 100
+    assert held / cases == pytest.approx(share, abs=4 * (share * (1 - share) / cases) ** 0.5)
 
 
 def test_works_with_opposite_effects_tell_nothing_of_a_third():
