@@ -14,6 +14,9 @@ if [[ ! ${1:-} =~ ^[^-] ]]; then
   exit 1
 fi
 
+nvidia-smi -L 2>/dev/null | grep -q GPU ||
+  echo "warning: nvidia-smi shows no GPU: where jax finds none either, this runs on the CPU" >&2
+
 # Stacking what the layers of a scan save makes XLA run their products twice, unless this fusion is off.
 flags="--xla_gpu_enable_dynamic_slice_fusion=false --xla_gpu_enable_triton_gemm=false --xla_gpu_enable_command_buffer="
 export XLA_FLAGS="$flags ${XLA_FLAGS:-}"

@@ -76,6 +76,16 @@ def test_unknown_arguments_are_refused_before_anything_starts(
     assert not (scripts / ".venv").exists()
 
 
+def test_a_machine_without_a_gpu_is_told(scripts: Path) -> None:
+    """Hours later somebody sees that it was the CPU."""
+    done = run(scripts, "gpu.sh", "echo", "done")
+    assert (done.returncode, done.stdout) == (0, "done\n")
+    assert done.stderr.startswith("warning: nvidia-smi shows no GPU")
+    program(scripts / "bin/nvidia-smi", "echo 'GPU 0: NVIDIA L4'")
+    path = f"{scripts / 'bin'}:{os.defpath}"
+    assert run(scripts, "gpu.sh", "echo", "done", PATH=path).stderr == ""
+
+
 def test_numbers_of_the_curriculum_are_checked_before_anything_starts(scripts: Path) -> None:
     for name, value in {"THOUGHTS": "two", "STEPS": "1e3", "FIRST": "-1", "STAGES": "03"}.items():
         done = run(scripts, "coconut.sh", **{name: value})
