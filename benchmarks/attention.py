@@ -89,7 +89,7 @@ def torch_passes(
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    common.share_the_card()
+    common.share_the_chip()
     forms = ["dense", *common.attention_forms(), *["torch"] * common.has_torch()]
     published, small = dict(latents=[16, 64], batch=[1]), dict(latents=[16], batch=[1])
     a = common.arguments(__doc__, argv, forms, common.PUBLISHED | published, common.SMALL | small)

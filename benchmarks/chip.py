@@ -1,4 +1,4 @@
-"""Proves a card and measures it, in at most 8 minutes: the first command on a GPU or TPU.
+"""Proves a chip and measures it, in at most 8 minutes: the first command on a GPU or TPU.
 
   ./launch/gpu.sh .venv/bin/python -m benchmarks.chip     on a GPU; on a TPU without gpu.sh
   python -m benchmarks.chip --small                       in small: the default on a CPU, a minute
@@ -13,7 +13,7 @@ Its parts, in this order; each has a share of the time:
   peer    the same steps by PyTorch, where torch is installed
   use     evaluation and decoding
 
-Rows lie in runs/chip/CARD.json as soon as they are there. What does not fit the time is left out
+Rows lie in runs/chip/CHIP.json as soon as they are there. What does not fit the time is left out
 and said; the same command again makes what is missing or failed, and the whole proof where the
 kernels have changed. A kernel whose rows all agree is recorded on this machine: `auto` takes it
 from then on. The exit code is 1 where a form does not agree.
@@ -48,7 +48,7 @@ FOLDER = Path("runs/chip")
 def main(argv: Sequence[str] | None = None) -> int:
     parser = common.command_line(__doc__)
     parser.add_argument("--small", action="store_true", help="tiny models; proves nothing")
-    parser.add_argument("--out", type=Path, help=f"by default {FOLDER}/CARD.json")
+    parser.add_argument("--out", type=Path, help=f"by default {FOLDER}/CHIP.json")
     parser.add_argument("--minutes", type=float, default=8.0, help="of all parts together")
     parser.add_argument(
         "--table",
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     until = time.monotonic() + 60 * a.minutes - GRACE
     out = start(a.small, a.out)
-    if chip_parts.read(out)["card"]["platform"] != "cpu":
+    if chip_parts.read(out)["about"]["platform"] != "cpu":
         # A program is compiled once for all processes, and for the next call of this command.
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str((FOLDER / "compiled").absolute()))
     for part in SHARES:
@@ -75,8 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def start(small: bool, out: Path | None) -> Path:
-    """Asks what the card is, in a process that ends, and makes the file of results or finds it."""
-    command = [sys.executable, "-m", "benchmarks.chip_parts", "--part=card", *["--small"] * small]
+    """Asks what the chip is, in a process that ends, and makes the file of results or finds it."""
+    command = [sys.executable, "-m", "benchmarks.chip_parts", "--part=about", *["--small"] * small]
     try:
         asked = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=FIRST)
     except subprocess.TimeoutExpired:
@@ -85,52 +85,50 @@ def start(small: bool, out: Path | None) -> Path:
         ) from None
     if asked.returncode:
         raise SystemExit("error: jax finds no device that works: the lines above say why")
-    card = json.loads(asked.stdout.splitlines()[-1])
-    name = re.sub(r"\W+", "_", card["device"]).strip("_").lower()
-    out = out or FOLDER / f"{name}{'_small' * card['small']}.json"
-    print(
-        f"{card['device']} ({card['family']}), driver {card['driver']}, jax {card['jax']}: {out}",
-        flush=True,
-    )
-    if card["platform"] == "cpu" and not small:
-        if NEEDED in card["xla_flags"] or card["plugins"]:
+    about = json.loads(asked.stdout.splitlines()[-1])
+    name = re.sub(r"\W+", "_", about["device"]).strip("_").lower()
+    out = out or FOLDER / f"{name}{'_small' * about['small']}.json"
+    versions = f"driver {about['driver']}, jax {about['jax']}"
+    print(f"{about['device']} ({about['family']}), {versions}: {out}", flush=True)
+    if about["platform"] == "cpu" and not small:
+        if NEEDED in about["xla_flags"] or about["plugins"]:
             raise SystemExit(
                 "error: jax opens no GPU or TPU here: the lines above say why; --small needs none"
             )
         print("jax sees no GPU or TPU here: in small, which proves nothing", flush=True)
     # Without this flag XLA cannot compile the reference.
-    if card["platform"] == "gpu" and NEEDED not in card["xla_flags"]:
+    if about["platform"] == "gpu" and NEEDED not in about["xla_flags"]:
         raise SystemExit(
             f"error: XLA_FLAGS lack {NEEDED}: "
             "expected ./launch/gpu.sh .venv/bin/python -m benchmarks.chip"
         )
     if not out.exists():
-        chip_parts.write(out, {"card": card, "parts": {}})
-    before = chip_parts.read(out)["card"]
+        chip_parts.write(out, {"about": about, "parts": {}})
+    before = chip_parts.read(out)["about"]
     for key in SAME:
-        was, now = before[key], card[key]
+        was, now = before[key], about[key]
         if was != now:
             raise SystemExit(
                 f"error: {out}: made with {key} {was!r}, now {now!r}; name another --out"
             )
-    forget(out, card)
+    forget(out, about)
     return out
 
 
-def forget(out: Path, card: dict[str, Any]) -> None:
+def forget(out: Path, about: dict[str, Any]) -> None:
     """Removes the rows that failed, so that they are made again; all of the proof of other code.
 
     A row that ended its process three times gets three more tries.
     """
     result = chip_parts.read(out)
     for name, part in result["parts"].items():
-        is_old = name == "proof" and result["card"].get("code") != card["code"]
+        is_old = name == "proof" and result["about"].get("code") != about["code"]
         gone = [row for row, made in part["rows"].items() if is_old or "failed" in made]
         for row in gone:
             del part["rows"][row]
         if gone:
             part.pop("left_out", None)
-    result["card"]["code"] = card["code"]
+    result["about"]["code"] = about["code"]
     chip_parts.write(out, result)
 
 
@@ -153,7 +151,7 @@ def run(part: str, out: Path, until: float) -> None:
             return
         before = out.read_bytes()
         command = [sys.executable, "-m", "benchmarks.chip_parts", f"--part={part}", f"--out={out}"]
-        command += [f"--seconds={seconds:.1f}", *["--small"] * result["card"]["small"]]
+        command += [f"--seconds={seconds:.1f}", *["--small"] * result["about"]["small"]]
         try:
             code = subprocess.run(command, timeout=seconds + GRACE, env=environment).returncode
         except subprocess.TimeoutExpired:
@@ -203,7 +201,7 @@ def disagreeing(result: dict[str, Any], form: str = "") -> list[str]:
 
 def is_proven(result: dict[str, Any], kernel: str) -> bool:
     """Tells whether a kernel agrees in every row of the proof, and none is missing."""
-    if result["card"]["small"] or not proof(result, kernel):
+    if result["about"]["small"] or not proof(result, kernel):
         return False
     left_out = result["parts"]["proof"].get("left_out")
     if left_out is None:  # its process was stopped
@@ -213,24 +211,24 @@ def is_proven(result: dict[str, Any], kernel: str) -> bool:
 
 def record(result: dict[str, Any]) -> str:
     """Notes on this machine which kernels are proven; returns a line that says so for each."""
-    card = result["card"]
-    if card["small"] or not card["kernels"]:
-        why = "in small" if card["small"] else "this platform has no kernel"
+    about = result["about"]
+    if about["small"] or not about["kernels"]:
+        why = "in small" if about["small"] else "this platform has no kernel"
         return f"proof: nothing to record: {why}"
-    return "\n".join(record_kernel(result, kernel) for kernel in card["kernels"])
+    return "\n".join(record_kernel(result, kernel) for kernel in about["kernels"])
 
 
 def record_kernel(result: dict[str, Any], kernel: str) -> str:
     """Notes on this machine whether a kernel is proven; returns a line that says so."""
-    card = result["card"]
-    where = f"proof: {kernel} on {card['family']}"
+    about = result["about"]
+    where = f"proof: {kernel} on {about['family']}"
     failed = disagreeing(result, kernel)
     proven = is_proven(result, kernel)
     if not failed and not proven:
         return f"{where}: not proven yet, rows are missing; run the same command again"
-    about = {key: card[key] for key in ("device", "date", "jax", "code")}
+    of_run = {key: about[key] for key in ("device", "date", "jax", "code")}
     try:
-        path = choice.record_proof(kernel, card["family"], about if proven else None)
+        path = choice.record_proof(kernel, about["family"], of_run if proven else None)
     except OSError as error:
         verdict = "proven" if proven else "NOT proven"
         return f"{where}: {verdict}; no record could be written: {error}"
@@ -260,7 +258,7 @@ def summary(result: dict[str, Any]) -> str:
 
 
 HEAD = (
-    "card | driver | jax / jaxlib | date | XLA_FLAGS | kernel | attention rows that agree"
+    "chip | driver | jax / jaxlib | date | XLA_FLAGS | kernel | attention rows that agree"
     " | products, TFLOP/s | copy, GB/s | 16 latents | 64 latents"
     " | evaluation | decoding, batch 1 / 8"
 )
@@ -281,22 +279,22 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 def cells(result: dict[str, Any]) -> list[str]:
     """Returns the cells of a row, in the order of HEAD."""
-    card = result["card"]
+    about = result["about"]
     compared = len(proof(result))
     agree = compared - len(disagreeing(result))
     whole = "" if is_complete(result, "proof") else ", unfinished"
     copies = [row["gb_per_second"] for row in rows(result, "copy").values()]
     verdicts = [
         f"{kernel}, {'proven' if is_proven(result, kernel) else 'not proven'}"
-        for kernel in card["kernels"]
+        for kernel in about["kernels"]
     ]
     ceiling = best_product(result)
     return [
-        f"{card['device']} ({card['family']})" + ", in small" * card["small"],
-        card["driver"],
-        f"{card['jax']} / {card['jaxlib']}",
-        card["date"][:10],
-        f"`{card['xla_flags']}`" if card["xla_flags"] else "",
+        f"{about['device']} ({about['family']})" + ", in small" * about["small"],
+        about["driver"],
+        f"{about['jax']} / {about['jaxlib']}",
+        about["date"][:10],
+        f"`{about['xla_flags']}`" if about["xla_flags"] else "",
         "; ".join(verdicts) or "none",
         f"{agree} of {compared}{whole}",
         common.cell(ceiling),
@@ -323,7 +321,7 @@ def share(part: float, whole: float | None) -> str:
 
 
 def of_steps(result: dict[str, Any], latents: int) -> str:
-    """Says how fast the card's best step is, beside the other forms."""
+    """Says how fast the chip's best step is, beside the other forms."""
     made = rows(result, "step").values()
     steps = [row for row in made if row["latents"] == latents and row.get("ms")]
     if not steps:
@@ -333,7 +331,7 @@ def of_steps(result: dict[str, Any], latents: int) -> str:
     if best is None:
         return "-"
     tflops = best["tflop"] / best["ms"] * 1e3
-    of_peak = share(tflops, result["card"]["peak_tflops"])
+    of_peak = share(tflops, result["about"]["peak_tflops"])
     of_products = share(tflops, best_product(result))
     memory = common.cell(best.get("needs_gib"))
     said = [

@@ -1,6 +1,6 @@
 """Holds the parts of `benchmarks.chip`, each run in a process of its own.
 
-  python -m benchmarks.chip_parts --part=card [--small]      prints what the card is, as JSON
+  python -m benchmarks.chip_parts --part=about [--small]      prints what the chip is, as JSON
   python -m benchmarks.chip_parts --part=PART --out=FILE --seconds=N [--small]
 
 A process that ends gives its memory back, and one that crashes leaves the other parts alone.
@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from benchmarks import chip_card, chip_proof, common, decoding, evaluation, step
+from benchmarks import chip_about, chip_proof, common, decoding, evaluation, step
 from latent_delib.delib import cost, flops
 from latent_delib.machine import files
 from latent_delib.nn.attention.choice import brief
@@ -67,7 +67,7 @@ def steps(small: bool) -> Rows:
 
 def product(rows: int, depth: int, columns: int) -> dict[str, Any]:
     """Measures bfloat16 matrix products."""
-    # Random numbers: a card draws less power for equal ones, and keeps a higher clock.
+    # Random numbers: a chip draws less power for equal ones, and keeps a higher clock.
     x = jax.random.normal(jax.random.key(0), (rows, depth), jnp.bfloat16)
     y = jax.random.normal(jax.random.key(1), (depth, columns), jnp.bfloat16)
     run = common.calls(partial(jax.jit(jnp.matmul), x, y))
@@ -130,9 +130,9 @@ class Steps:
 
 
 def arguments(small: bool, trains: bool) -> argparse.Namespace:
-    """Returns the published setting, with as many layers as leave the card room to work.
+    """Returns the published setting, with as many layers as leave the chip room to work.
 
-    small: what stands for it on a CPU. trains: the card also holds a training state.
+    small: what stands for it on a CPU. trains: the chip also holds a training state.
     """
     a = argparse.Namespace(**(STEPS_SMALL if small else STEPS))
     config = common.ARCHITECTURES[a.size]
@@ -169,7 +169,7 @@ def power_of_two(x: int) -> int:
 
 
 def peer(small: bool) -> Rows:
-    """Yields the same steps by the peer, where torch is installed and drives this card."""
+    """Yields the same steps by the peer, where torch is installed and drives this chip."""
     why = no_torch()
     for L in (2,) if small else (64, 16):
         yield f"step, N_L {L}, torch", partial(peer_row, small, L, why)
@@ -184,7 +184,7 @@ def no_torch() -> str | None:
     backend = jax.default_backend()
     if backend == "cpu" or backend == "gpu" and torch.cuda.is_available():
         return None
-    return f"torch {torch.__version__} does not drive this card"
+    return f"torch {torch.__version__} does not drive this chip"
 
 
 def peer_row(small: bool, L: int, why: str | None) -> dict[str, Any]:
@@ -344,7 +344,7 @@ def shown(row: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = common.command_line(__doc__)
-    parser.add_argument("--part", choices=["card", *PARTS], required=True)
+    parser.add_argument("--part", choices=["about", *PARTS], required=True)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seconds", type=float)
     parser.add_argument("--small", action="store_true")
@@ -352,10 +352,10 @@ def main() -> None:
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # a process takes all that it sees
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     warnings.filterwarnings("error", "attention: ")  # a kernel that gives way has not been measured
-    if a.part in ("card", "peer"):  # torch has the memory
-        common.share_the_card()
-    if a.part == "card":
-        print(json.dumps(chip_card.card(a.small)))
+    if a.part in ("about", "peer"):  # torch has the memory
+        common.share_the_chip()
+    if a.part == "about":
+        print(json.dumps(chip_about.about(a.small)))
         return
     run(PARTS[a.part](a.small), a.part, a.out, a.seconds)
 

@@ -1,4 +1,4 @@
-"""Checks every form of attention against the reference, on the card: part 1 of `benchmarks.chip`.
+"""Checks every form of attention against the reference, on the chip: part 1 of `benchmarks.chip`.
 
 A row compiles one call of one form, forward and backward, and runs it with bounds in order, out of
 order and in windows. Rows of the batch hold documents of unequal length, groups that see no text,
@@ -24,7 +24,7 @@ import optax
 
 from benchmarks import common, step
 from benchmarks.attention import both_passes
-from latent_delib.nn.attention.cards import shared_memory_of
+from latent_delib.nn.attention.blocks import shared_memory_of
 from latent_delib.nn.attention.forms import KERNELS, attend, unsupported
 from latent_delib.nn.attention.primitive import Bounds, within_window
 from latent_delib.nn.sizes import SIZES

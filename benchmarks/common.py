@@ -27,7 +27,7 @@ from latent_delib.delib.methods import METHODS
 from latent_delib.lm import decoding
 from latent_delib.machine.columns import aligned
 from latent_delib.nn import transformer
-from latent_delib.nn.attention.cards import shared_memory_of
+from latent_delib.nn.attention.blocks import shared_memory_of
 from latent_delib.nn.attention.choice import kernels_of
 from latent_delib.nn.attention.primitive import Bounds
 from latent_delib.nn.layers import WHOLE
@@ -236,8 +236,8 @@ def room() -> float:
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
 
 
-def share_the_card() -> None:
-    """Lets JAX take memory as it needs it, and nearly all: PyTorch uses the same card."""
+def share_the_chip() -> None:
+    """Lets JAX take memory as it needs it, and nearly all: PyTorch uses the same chip."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 

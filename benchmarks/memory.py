@@ -28,15 +28,15 @@ from latent_delib.delib.augment import Augmentation
 from latent_delib.delib.methods import METHODS
 from latent_delib.delib.optimizer import make_optimizer
 from latent_delib.delib.step import Objective, TrainState, train_step
-from latent_delib.nn.attention.cards import shared_memory_of
+from latent_delib.nn.attention.blocks import shared_memory_of
 from latent_delib.nn.attention.choice import choose
 from latent_delib.nn.layers import WHOLE
 from latent_delib.nn.sizes import SIZES
 from latent_delib.nn.transformer import REMAT, Transformer
 from latent_delib.weights import folder
 
-# What XLA asks a driver about a card, for one that is not there.
-CARD = """
+# What XLA asks a driver about a chip, for one that is not there.
+DRIVER_SAYS = """
 gpu_device_info {{
   threads_per_block_limit: 1024  threads_per_warp: 32  shared_memory_per_block: 49152
   shared_memory_per_core: {core_memory}  shared_memory_per_block_optin: {block_memory}
@@ -53,8 +53,8 @@ device_description_str: "{name}"
 """
 
 
-class Card(NamedTuple):
-    """Holds the fields of CARD, from the makers' data sheets."""
+class Chip(NamedTuple):
+    """Holds the fields of DRIVER_SAYS, from the makers' data sheets."""
 
     name: str
     major: int
@@ -69,24 +69,24 @@ class Card(NamedTuple):
     memory: int
 
 
-CARDS = {
-    "a100": Card(
+CHIPS = {
+    "a100": Chip(
         "NVIDIA A100-SXM4-80GB", 8, 0, 167936, 166912, 2048, 108, 2039e9, 40 << 20, 1.41, 80 << 30
     ),
-    "l4": Card("NVIDIA L4", 8, 9, 102400, 101376, 1536, 58, 300e9, 48 << 20, 2.04, 24 << 30),
-    "h100": Card(
+    "l4": Chip("NVIDIA L4", 8, 9, 102400, 101376, 1536, 58, 300e9, 48 << 20, 2.04, 24 << 30),
+    "h100": Chip(
         "NVIDIA H100 80GB HBM3", 9, 0, 233472, 232448, 2048, 132, 3352.32e9, 50 << 20, 1.98,
         84929347584,
     ),
-    "b200": Card(
+    "b200": Chip(
         "NVIDIA B200", 10, 0, 233472, 232448, 2048, 148, 8000e9, 126 << 20, 1.97, 180 << 30
     ),
-    "rtx5090": Card(
+    "rtx5090": Chip(
         "NVIDIA GeForce RTX 5090", 12, 0, 102400, 101376, 1536, 170, 1792e9, 96 << 20, 2.41,
         32 << 30,
     ),
 }  # fmt: skip
-TARGETS = dict.fromkeys(CARDS, "cuda") | dict.fromkeys(("v5e", "v5p", "v6e"), "tpu")
+TARGETS = dict.fromkeys(CHIPS, "cuda") | dict.fromkeys(("v5e", "v5p", "v6e"), "tpu")
 T, M, A = 2048, 128, 16
 
 
@@ -96,8 +96,10 @@ def chip(target: str) -> NamedSharding:
     jax.config.update("jax_platforms", "cpu")
     jax.devices()
     if TARGETS[target] == "cuda":
-        card = CARD.format(**CARDS[target]._asdict())
-        found = topologies.get_topology_desc("1x1x1", "cuda", target_config=card, topology="1x1x1")
+        described = DRIVER_SAYS.format(**CHIPS[target]._asdict())
+        found = topologies.get_topology_desc(
+            "1x1x1", "cuda", target_config=described, topology="1x1x1"
+        )
     else:
         shape = "2x2x1" if target == "v5p" else "2x2"
         found = topologies.get_topology_desc(platform="tpu", topology_name=f"{target}:{shape}")

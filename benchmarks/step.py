@@ -124,7 +124,7 @@ def measure_torch(a: argparse.Namespace, L: int, B: int) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    common.share_the_card()
+    common.share_the_chip()
     forms = ["dense", *common.attention_forms(), *["torch"] * common.has_torch()]
     published = common.PUBLISHED | dict(
         latents=[16, 64], batch=[1, 2, 4], remat=["attention", "dots"]

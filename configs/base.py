@@ -95,7 +95,7 @@ def get_config() -> ConfigDict:
     c.compute = ConfigDict()
     c.compute.cpu_devices = 1  # devices that a CPU is split into; 2 are faster for small models
     c.compute.dtype = "bfloat16"  # of activations and frozen weights; master weights are float32
-    # auto: a kernel that has passed its check on this card (docs/performance.md), else xla. Or one
+    # auto: a kernel that has passed its check on this chip (docs/performance.md), else xla. Or one
     # by name: reference, xla, pallas_gpu, pallas_tpu, tokamax_gpu.
     c.compute.attention = "auto"
     # What the backward pass computes again instead of storing it. none: nothing; dots: all but

@@ -4,7 +4,7 @@
 #   ./launch/setup.sh cuda seqio
 #   ./launch/gpu.sh .venv/bin/python -m latent_delib.train --config=configs/gemma2_2b.py --workdir=DIR \
 #       --config.decoder.path=DECODER --config.train.accumulation=256
-#   ./launch/gpu.sh .venv/bin/python -m benchmarks.chip       # first on a new card: docs/performance.md
+#   ./launch/gpu.sh .venv/bin/python -m benchmarks.chip       # first on a new chip: docs/performance.md
 #   ./launch/gpu.sh ./launch/smollm2.sh
 #   CUDA_VISIBLE_DEVICES=3 XLA_PYTHON_CLIENT_MEM_FRACTION=0.5 ./launch/gpu.sh ...     # half of one GPU of a shared machine
 set -euo pipefail

@@ -18,7 +18,7 @@ from latent_delib.errors import UserError, store_errors
 from latent_delib.job.record import Record
 from latent_delib.machine import checkpoint, files
 from latent_delib.machine.checkpoint import Checkpoints
-from latent_delib.nn.attention.cards import shared_memory_of
+from latent_delib.nn.attention.blocks import shared_memory_of
 from latent_delib.nn.attention.choice import choose
 from latent_delib.nn.attention.forms import FORMS
 from latent_delib.nn.layers import PARAM_AXES, Partition

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from latent_delib.nn import rotary
 from latent_delib.nn.attention import primitive
-from latent_delib.nn.attention.cards import LEAST
+from latent_delib.nn.attention.blocks import LEAST
 from latent_delib.nn.attention.forms import attend
 from latent_delib.nn.attention.primitive import Bounds, Keys
 from latent_delib.nn.products import einsum, matmul

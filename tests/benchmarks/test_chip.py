@@ -1,4 +1,4 @@
-"""The command that proves a card: in small on this CPU, and what it makes of rows that fail, end
+"""The command that proves a chip: in small on this CPU, and what it makes of rows that fail, end
 it, or are missing.
 """
 
@@ -20,7 +20,7 @@ from benchmarks import chip, chip_parts, chip_proof, common
 from latent_delib.nn.attention import choice
 
 ROOT = Path(__file__).parents[2]
-CARD = dict(
+ABOUT = dict(
     platform="gpu",
     device="NVIDIA L4",
     family="sm_89",
@@ -30,7 +30,7 @@ CARD = dict(
     code=choice.code_digest(),
     plugins=[],
 )
-CARD |= dict(
+ABOUT |= dict(
     jaxlib="0.10.2",
     date="2026-11-28T00:00:00+00:00",
     xla_flags=f"--a {chip.NEEDED}",
@@ -48,8 +48,8 @@ def cache(monkeypatch, tmp_path):
 
 @pytest.fixture
 def file(tmp_path):
-    out = tmp_path / "card.json"
-    chip_parts.write(out, {"card": CARD, "parts": {}})
+    out = tmp_path / "chip.json"
+    chip_parts.write(out, {"about": ABOUT, "parts": {}})
     return out
 
 
@@ -84,11 +84,11 @@ def break_down():
 
 @pytest.mark.slow
 def test_in_small_on_this_machine(tmp_path, cache, capfd, monkeypatch):
-    """Every part; the card in a process of its own, the others here. A second call does nothing."""
+    """Every part; the chip in a process of its own, the others here. A second call does nothing."""
     start_process = subprocess.run
 
     def run_here(command, **arguments):
-        if "--part=card" in command:
+        if "--part=about" in command:
             return start_process(command, **arguments)
         assert command[:3] == [sys.executable, "-m", "benchmarks.chip_parts"]
         with mock.patch.object(sys, "argv", command[2:]), mock.patch.dict(os.environ):
@@ -100,7 +100,7 @@ def test_in_small_on_this_machine(tmp_path, cache, capfd, monkeypatch):
     out = tmp_path / "small.json"
     assert chip.main([f"--out={out}", "--minutes=60", "--small"]) == 0
     result = chip_parts.read(out)
-    assert result["card"]["small"] and set(result["parts"]) == set(chip.SHARES)
+    assert result["about"]["small"] and set(result["parts"]) == set(chip.SHARES)
     rows = chip.rows(result)
     assert all(chip.is_complete(result, part) for part in chip.SHARES)
     assert not [row for row in rows.values() if "failed" in row]
@@ -119,7 +119,7 @@ def test_in_small_on_this_machine(tmp_path, cache, capfd, monkeypatch):
 
 
 def test_a_file_of_another_machine_is_refused(file, monkeypatch):
-    now = json.dumps(CARD | {"driver": "580.2"})
+    now = json.dumps(ABOUT | {"driver": "580.2"})
     monkeypatch.setattr(
         chip.subprocess,
         "run",
@@ -132,7 +132,7 @@ def test_a_file_of_another_machine_is_refused(file, monkeypatch):
 
 
 def test_a_gpu_wants_its_flags(file, monkeypatch):
-    now = json.dumps(CARD | {"xla_flags": "--a"})
+    now = json.dumps(ABOUT | {"xla_flags": "--a"})
     monkeypatch.setattr(
         chip.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0, stdout=now)
     )
@@ -188,15 +188,15 @@ def test_rows_that_are_there_are_not_made_again(file):
 
 def test_the_next_command_makes_rows_that_failed_and_a_proof_of_other_code(file):
     run(file, {"xla, a": agree, "xla, b": break_down})
-    chip.forget(file, CARD)
+    chip.forget(file, ABOUT)
     assert not chip.is_complete(chip_parts.read(file), "proof")
     part, called = run(file, {"xla, a": agree, "xla, b": agree})
     assert called == ["xla, b"] and part["left_out"] == []
-    chip.forget(file, CARD)
+    chip.forget(file, ABOUT)
     assert chip.is_complete(chip_parts.read(file), "proof")
-    chip.forget(file, CARD | {"code": "other"})
+    chip.forget(file, ABOUT | {"code": "other"})
     assert chip_parts.read(file)["parts"]["proof"] == {"rows": {}}
-    assert chip_parts.read(file)["card"]["code"] == "other"
+    assert chip_parts.read(file)["about"]["code"] == "other"
 
 
 def test_a_device_that_works_no_more_ends_the_process(file, monkeypatch):
@@ -212,13 +212,13 @@ def test_a_device_that_works_no_more_ends_the_process(file, monkeypatch):
     assert called == ["xla, b"] and part["left_out"] == []
 
 
-def test_a_card_that_jax_cannot_open_is_not_taken_for_a_cpu(tmp_path, monkeypatch):
-    now = json.dumps(CARD | {"platform": "cpu", "kernels": [], "plugins": ["libtpu"]})
+def test_a_chip_that_jax_cannot_open_is_not_taken_for_a_cpu(tmp_path, monkeypatch):
+    now = json.dumps(ABOUT | {"platform": "cpu", "kernels": [], "plugins": ["libtpu"]})
     monkeypatch.setattr(
         chip.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0, stdout=now)
     )
     with pytest.raises(SystemExit, match="jax opens no GPU or TPU here"):
-        chip.start(False, tmp_path / "card.json")
+        chip.start(False, tmp_path / "chip.json")
 
 
 def test_a_kernel_that_is_too_large_is_not_a_step_that_does_not_fit():
@@ -263,7 +263,7 @@ def test_a_row_that_ends_its_process_is_tried_three_times(file):
         and "its process ended 3 times" in part["rows"]["pallas_gpu, a"]["failed"]
     )
     assert "NOT proven" in chip.record(chip_parts.read(file))
-    chip.forget(file, CARD)  # the next command tries it again
+    chip.forget(file, ABOUT)  # the next command tries it again
     assert list(chip_parts.read(file)["parts"]["proof"]["rows"]) == ["xla, a"]
 
 
@@ -400,7 +400,7 @@ def test_a_kernel_with_missing_rows_is_not_proven(file):
 def test_nothing_is_recorded_in_small(file):
     run(file, KERNEL)
     result = chip_parts.read(file)
-    result["card"]["small"] = True
+    result["about"]["small"] = True
     assert "nothing to record" in chip.record(result) and not choice._records()
 
 
@@ -435,8 +435,8 @@ def test_the_page_has_the_table_of_the_stored_results():
     assert chip.table(results) in (ROOT / "docs/performance.md").read_text()
     proven = collections.defaultdict(set)
     for result in results:
-        kernels = [kernel for kernel in result["card"]["kernels"] if chip.is_proven(result, kernel)]
-        assert kernels, result["card"]["device"]
+        kernels = [k for k in result["about"]["kernels"] if chip.is_proven(result, k)]
+        assert kernels, result["about"]["device"]
         for kernel in kernels:
-            proven[kernel].add(result["card"]["family"])
+            proven[kernel].add(result["about"]["family"])
     assert {kernel: set(families) for kernel, families in choice.PROVEN.items()} == proven

@@ -16,21 +16,21 @@ CONFIG, DTYPE = small.GEMMA, jnp.float32
 PROOF = {"jax": jax.__version__, "code": choice.code_digest()}
 
 
-class Card(NamedTuple):
+class Chip(NamedTuple):
     """What `choose` asks of a device."""
 
     platform: str
-    device_kind: str = "a card"
+    device_kind: str = "a chip"
     compute_capability: str | None = None
 
 
-CPU, TPU, OTHER = Card("cpu"), Card("tpu", "TPU v5 lite"), Card("other")
-HOPPER = Card("gpu", "NVIDIA H100 80GB HBM3", "9.0")
+CPU, TPU, OTHER = Chip("cpu"), Chip("tpu", "TPU v5 lite"), Chip("other")
+HOPPER = Chip("gpu", "NVIDIA H100 80GB HBM3", "9.0")
 
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch, tmp_path):
-    """No record of this machine, no card asked about before, and cards that are attached."""
+    """No record of this machine, no chip asked about before, and chips that are attached."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(jax, "devices", lambda *_: [CPU, TPU, HOPPER])
     choice._failure.cache_clear()
@@ -64,11 +64,11 @@ def test_a_device_without_a_kernel_gets_xla():
 
 
 @pytest.mark.parametrize(
-    "device, card", [(HOPPER, "NVIDIA H100 80GB HBM3 (sm_90)"), (TPU, "TPU v5 lite")]
+    "device, chip", [(HOPPER, "NVIDIA H100 80GB HBM3 (sm_90)"), (TPU, "TPU v5 lite")]
 )
-def test_an_unproven_card_gets_xla_and_one_line(device, card):
+def test_an_unproven_chip_gets_xla_and_one_line(device, chip):
     [kernel] = choice.kernels_of(device)
-    line = f"attention: {kernel} is not proven on {card}; using xla instead; "
+    line = f"attention: {kernel} is not proven on {chip}; using xla instead; "
     line += "`python -m benchmarks.chip` proves it"
     with pytest.warns(UserWarning, match=re.escape(line)) as found:
         assert [choose("auto", device) for _ in range(3)] == ["xla"] * 3
@@ -120,11 +120,11 @@ def test_a_device_that_is_not_attached_gets_the_kernel(monkeypatch):
     "kind, capability", [("Tesla T4", "7.5"), ("AMD Instinct MI300X", "gfx942")]
 )
 def test_a_gpu_that_cannot_run_the_kernel_gets_xla_and_one_line(form, kind, capability):
-    card = Card("gpu", kind, capability)
+    chip = Chip("gpu", kind, capability)
     line = f"attention: pallas_gpu does not support {kind} "
     line += "(it needs NVIDIA's compute capability 8.0); using xla instead"
     with pytest.warns(UserWarning, match=re.escape(line)) as found:
-        assert choose(form, card) == "xla"
+        assert choose(form, chip) == "xla"
     assert len(found) == 1
 
 
@@ -133,7 +133,7 @@ def test_a_kernel_that_does_not_compile_gives_way(monkeypatch):
     device = jax.local_devices()[0]
     monkeypatch.setattr(jax, "devices", lambda *_: [device])
     monkeypatch.setattr(choice, "kernels_of", lambda _: ("pallas_gpu",))
-    monkeypatch.setitem(choice.PROVEN, "pallas_gpu", (choice.card_family(device),))
+    monkeypatch.setitem(choice.PROVEN, "pallas_gpu", (choice.chip_family(device),))
     assert quietly("auto", device) == "pallas_gpu"
 
     def broken(*_, **__):
@@ -155,6 +155,6 @@ def test_what_a_kernel_does_not_serve_is_left_to_its_calls():
     assert choice._failure("pallas_tpu", jax.local_devices()[0], CONFIG, jnp.dtype(DTYPE)) is None
 
 
-def test_the_family_of_a_card():
-    assert choice.card_family(HOPPER) == "sm_90"
-    assert choice.card_family(TPU) == "TPU v5 lite"
+def test_the_family_of_a_chip():
+    assert choice.chip_family(HOPPER) == "sm_90"
+    assert choice.chip_family(TPU) == "TPU v5 lite"

@@ -12,7 +12,7 @@ import small
 from latent_delib import mesh as mesh_lib
 from latent_delib.job import build
 from latent_delib.nn import layers, transformer
-from latent_delib.nn.attention import cards, forms, xla
+from latent_delib.nn.attention import blocks, forms, xla
 from latent_delib.nn.attention.forms import attend
 from latent_delib.nn.attention.primitive import Bounds
 from latent_delib.nn.layers import WHOLE
@@ -243,7 +243,7 @@ def test_what_a_kernel_does_not_serve_is_named(form):
 def test_a_model_on_a_mesh_knows_its_devices():
     mesh = mesh_lib.make({"data": 2, "fsdp": 2, "traces": 2}, jax.devices()[:8])
     partition = build.transformer(small.LLAMA, mesh, jnp.float32).partition
-    assert (partition.row_shards, partition.shared_memory) == (4, cards.LEAST)
+    assert (partition.row_shards, partition.shared_memory) == (4, blocks.LEAST)
 
 
 def test_attention_is_called_with_the_shared_memory_of_its_devices():

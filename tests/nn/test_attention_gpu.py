@@ -1,4 +1,4 @@
-"""The GPU's kernels, interpreted, against the reference; lowered, and compiled for cards."""
+"""The GPU's kernels, interpreted, against the reference; lowered, and compiled for chips."""
 
 import importlib.util
 import re
@@ -11,8 +11,8 @@ import pytest
 
 from benchmarks import chip_proof, memory
 from benchmarks.chip_proof import Layout
-from latent_delib.nn.attention import cards, forms, gpu
-from latent_delib.nn.attention.cards import A100, H100, L4
+from latent_delib.nn.attention import blocks, forms, gpu
+from latent_delib.nn.attention.blocks import A100, H100, L4
 from latent_delib.nn.attention.primitive import Bounds
 
 BF16, F32 = jnp.bfloat16, jnp.float32
@@ -60,7 +60,7 @@ WIDE = 256, Layout(M=5, S=30, T=150, G=2)
 
 
 @pytest.mark.parametrize(
-    "H, layout, card",
+    "H, layout, chip",
     [
         (64, Layout(M=9, S=20, T=200, G=2, softcap=50.0), L4),
         (*WIDE, H100),
@@ -68,9 +68,9 @@ WIDE = 256, Layout(M=5, S=30, T=150, G=2)
         pytest.param(*WIDE, L4, marks=pytest.mark.slow),
     ],
 )
-def test_bfloat16_stays_near_float32(H, layout, card):
+def test_bfloat16_stays_near_float32(H, layout, chip):
     """With the blocks of bfloat16."""
-    found = chip_proof.compare("pallas_gpu", "bfloat16", H, layout, shared_memory=card)
+    found = chip_proof.compare("pallas_gpu", "bfloat16", H, layout, shared_memory=chip)
     assert chip_proof.within(found["errors"], (2**-7, 2**-6)), found
 
 
@@ -106,17 +106,17 @@ def test_a_policy_can_save_what_the_backward_pass_needs(capsys):
         ("cpu", "", 101376),
     ],
 )
-def test_shared_memory_of_a_card(platform, capability, found):
+def test_shared_memory_of_a_chip(platform, capability, found):
     device = SimpleNamespace(platform=platform, compute_capability=capability)
-    assert cards.shared_memory_of(device) == found
-    assert cards.shared_memory_of(SimpleNamespace(platform=platform)) == (
+    assert blocks.shared_memory_of(device) == found
+    assert blocks.shared_memory_of(SimpleNamespace(platform=platform)) == (
         found if platform == "cpu" else 0
     )
 
 
 @pytest.mark.parametrize(
     # each: programs, warps, stages
-    "dtype, H, softcap, card, forward, query_gradient, own_gradient",
+    "dtype, H, softcap, chip, forward, query_gradient, own_gradient",
     [
         (BF16, 64, 0.0, L4, (4, 8, 3), (4, 8, 2), (4, 8, 2)),
         (BF16, 256, 50.0, H100, (4, 8, 2), (4, 8, 2), (4, 8, 2)),
@@ -124,8 +124,8 @@ def test_shared_memory_of_a_card(platform, capability, found):
         (F32, 128, 50.0, L4, (16, 8, 1), (16, 8, 1), (8, 8, 1)),
     ],
 )
-def test_lowers_with_the_blocks_of_the_card(
-    dtype, H, softcap, card, forward, query_gradient, own_gradient
+def test_lowers_with_the_blocks_of_the_chip(
+    dtype, H, softcap, chip, forward, query_gradient, own_gradient
 ):
     gpu = jax.sharding.AbstractDevice(
         device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu"
@@ -133,7 +133,7 @@ def test_lowers_with_the_blocks_of_the_card(
     mesh = jax.sharding.AbstractMesh((1,), ("device",), abstract_device=gpu)
     arguments = operands(H, dtype)
     with jax.sharding.use_abstract_mesh(mesh):
-        traced = chip_proof.passes("pallas_gpu", softcap, card).trace(*arguments)
+        traced = chip_proof.passes("pallas_gpu", softcap, chip).trace(*arguments)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@__gpu$xla.gpu.triton(") == 3
     calls = (
@@ -146,17 +146,17 @@ def test_lowers_with_the_blocks_of_the_card(
     assert found == dict(forward=forward, query_gradient=query_gradient, own_gradient=own_gradient)
 
 
-@pytest.mark.parametrize("name", memory.CARDS)
+@pytest.mark.parametrize("name", memory.CHIPS)
 def test_lowers_for_every_architecture(name):
-    """For a card that is not there, with the blocks that its shared memory takes."""
-    card = memory.CARDS[name]
-    device = SimpleNamespace(platform="gpu", compute_capability=f"{card.major}.{card.minor}")
-    kind = card.name
+    """For a chip that is not there, with the blocks that its shared memory takes."""
+    chip = memory.CHIPS[name]
+    device = SimpleNamespace(platform="gpu", compute_capability=f"{chip.major}.{chip.minor}")
+    kind = chip.name
     if name == "rtx5090":  # of sm_120 jax 0.12 knows professional cards alone
         kind = "NVIDIA RTX PRO 6000"
-    abstract = jax.sharding.AbstractDevice(device_kind=kind, num_cores=card.cores, platform="gpu")
+    abstract = jax.sharding.AbstractDevice(device_kind=kind, num_cores=chip.cores, platform="gpu")
     mesh = jax.sharding.AbstractMesh((1,), ("device",), abstract_device=abstract)
-    both = chip_proof.passes("pallas_gpu", 50.0, cards.shared_memory_of(device))
+    both = chip_proof.passes("pallas_gpu", 50.0, blocks.shared_memory_of(device))
     arguments = operands(256, BF16)  # inside, jax 0.12 computes nothing
     with jax.sharding.use_abstract_mesh(mesh):
         text = both.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
@@ -197,12 +197,12 @@ ASKED = {
 @pytest.mark.parametrize("kernel", ["forward", "query_gradient", "own_gradient"])
 @pytest.mark.parametrize("dtype", [BF16, F32])
 @pytest.mark.parametrize("H", [64, 128, 256])
-def test_every_card_has_blocks_that_fit(kernel, dtype, H):
+def test_every_chip_has_blocks_that_fit(kernel, dtype, H):
     rows = jax.ShapeDtypeStruct((1, 1024, 1, 1, H), dtype)
-    for card in (L4, A100, H100):
-        cut = gpu._cut(kernel, rows, card)
+    for chip in (L4, A100, H100):
+        cut = gpu._cut(kernel, rows, chip)
         on_ampere, on_hopper = ASKED[kernel, rows.dtype.itemsize, H, cut]
-        assert (on_hopper if card == H100 else on_ampere) <= card
+        assert (on_hopper if chip == H100 else on_ampere) <= chip
 
 
 @pytest.mark.skipif(
@@ -212,17 +212,17 @@ def test_every_card_has_blocks_that_fit(kernel, dtype, H):
 @pytest.mark.parametrize(
     "H", [pytest.param(64, marks=pytest.mark.slow), pytest.param(128, marks=pytest.mark.slow), 256]
 )
-@pytest.mark.parametrize("card", memory.CARDS)
-def test_compiles_for_cards_that_are_not_there(card, H, dtype):
+@pytest.mark.parametrize("chip", memory.CHIPS)
+def test_compiles_for_chips_that_are_not_there(chip, H, dtype):
     """The published setting: traces of 31 tokens over a text of 2048."""
-    one = memory.chip(card)
+    one = memory.chip(chip)
     array = partial(jax.ShapeDtypeStruct, sharding=one)
     q, k, prefix = (
         array(shape, dtype) for shape in ((1, 128, 31, 8, H), (1, 128, 31, 4, H), (1, 2048, 4, H))
     )
     bounds = Bounds(*[array((1, 128, 31), jnp.int32)] * 3)
-    memory_of_card = cards.shared_memory_of(one.mesh.devices.flat[0])
-    both = chip_proof.passes("pallas_gpu", 50.0, memory_of_card)
+    memory_of_chip = blocks.shared_memory_of(one.mesh.devices.flat[0])
+    both = chip_proof.passes("pallas_gpu", 50.0, memory_of_chip)
     with jax.sharding.use_abstract_mesh(one.mesh.abstract_mesh):  # jax 0.12 asks for its devices
         lowered = both.lower((q, k, k), ((prefix, prefix), bounds), q)
     lowered.compile()

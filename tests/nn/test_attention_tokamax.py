@@ -1,5 +1,5 @@
 """The form that is tokamax's: against the reference with stand-ins for its kernels on a CPU,
-lowered for cards that are not there, and refused where tokamax or the card is missing.
+lowered for chips that are not there, and refused where tokamax or the chip is missing.
 """
 
 from functools import partial
@@ -22,7 +22,7 @@ needs_tokamax = pytest.mark.skipif(
 )
 
 
-class Card(NamedTuple):
+class Chip(NamedTuple):
     """What tokamax and `choice` ask of a device."""
 
     compute_capability: str
@@ -31,7 +31,7 @@ class Card(NamedTuple):
     device_kind: str = "NVIDIA H100 80GB HBM3"
 
 
-HOPPER = Card("9.0")
+HOPPER = Chip("9.0")
 
 
 # -- the choice
@@ -44,14 +44,14 @@ def test_a_missing_tokamax_is_one_line(monkeypatch):
     assert choice.kernels_of(HOPPER) == ("pallas_gpu",)
 
 
-@pytest.mark.parametrize("device", [Card("8.0"), Card("12.0"), Card("", "cpu")])
+@pytest.mark.parametrize("device", [Chip("8.0"), Chip("12.0"), Chip("", "cpu")])
 def test_another_device_gets_xla_and_one_line(device, monkeypatch):
     monkeypatch.setattr(tokamax_gpu, "is_installed", lambda: True)
     with pytest.warns(UserWarning, match="tokamax_gpu does not support NVIDIA H100.*9.0 or 10.0"):
         assert choice.choose("tokamax_gpu", device, small.GEMMA, jnp.bfloat16) == "xla"
 
 
-@pytest.mark.parametrize("device", [HOPPER, Card("10.3")])
+@pytest.mark.parametrize("device", [HOPPER, Chip("10.3")])
 def test_auto_takes_it_once_it_alone_is_proven(device, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(tokamax_gpu, "is_installed", lambda: True)
@@ -61,9 +61,9 @@ def test_auto_takes_it_once_it_alone_is_proven(device, monkeypatch, tmp_path):
     with pytest.warns(UserWarning, match="pallas_gpu or tokamax_gpu is not proven"):
         assert choose() == "xla"
     proof = {"jax": jax.__version__, "code": choice.code_digest()}
-    choice.record_proof("tokamax_gpu", choice.card_family(device), proof)
+    choice.record_proof("tokamax_gpu", choice.chip_family(device), proof)
     assert choose() == "tokamax_gpu"
-    choice.record_proof("pallas_gpu", choice.card_family(device), proof)
+    choice.record_proof("pallas_gpu", choice.chip_family(device), proof)
     assert choose() == "pallas_gpu"
 
 
@@ -151,12 +151,12 @@ def test_equals_the_reference(layout, window, on_a_cpu):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * float(jnp.abs(y).max()))
 
 
-# -- the kernels for cards
+# -- the kernels for chips
 
 
 @needs_tokamax
-@pytest.mark.parametrize("device", [HOPPER, Card("10.0")], ids=["sm_90", "sm_100"])
-def test_lowers_for_cards_that_are_not_there(device, monkeypatch):
+@pytest.mark.parametrize("device", [HOPPER, Chip("10.0")], ids=["sm_90", "sm_100"])
+def test_lowers_for_chips_that_are_not_there(device, monkeypatch):
     """Forward, one Mosaic kernel for the own tokens and one for the prefix; backward, two each."""
     from jax.extend import backend
 

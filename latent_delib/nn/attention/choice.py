@@ -1,8 +1,8 @@
 """Chooses the form of attention for a device.
 
-"auto" takes a kernel only on cards on which the kernel is proven. `python -m benchmarks.chip`
-proves a kernel: it compares the kernel with the reference on the card itself. The proof is a
-committed result for the card's family, or the record that such a run leaves on this machine.
+"auto" takes a kernel only on chips on which the kernel is proven. `python -m benchmarks.chip`
+proves a kernel: it compares the kernel with the reference on the chip itself. The proof is a
+committed result for the chip's family, or the record that such a run leaves on this machine.
 """
 
 import functools
@@ -21,12 +21,12 @@ from etils import epath
 
 from latent_delib.machine import files
 from latent_delib.nn.attention import tokamax_gpu
-from latent_delib.nn.attention.cards import shared_memory_of
+from latent_delib.nn.attention.blocks import shared_memory_of
 from latent_delib.nn.attention.forms import KERNELS, attend, fall_back, unsupported
 from latent_delib.nn.attention.primitive import Bounds
 from latent_delib.nn.sizes import TransformerConfig
 
-# Kernel -> the families of cards on which it is proven, by the results in docs/results/chip.
+# Kernel -> the families of chips on which it is proven, by the results in docs/results/chip.
 PROVEN: dict[str, tuple[str, ...]] = {}
 
 
@@ -53,8 +53,8 @@ def choose(form: str, device: Any, config: TransformerConfig, dtype: Any) -> str
         tokamax_gpu.require()
     needs = _missing_capability(form, device)
     if needs:
-        card = f"{device.device_kind} (it needs NVIDIA's compute capability {needs})"
-        return fall_back(form, card)
+        chip = f"{device.device_kind} (it needs NVIDIA's compute capability {needs})"
+        return fall_back(form, chip)
     return form
 
 
@@ -83,17 +83,17 @@ def _missing_capability(form: str, device: Any) -> str | None:
     return None
 
 
-def card_family(device: Any) -> str:
-    """Returns the family of cards that run the same programs: "sm_90", "TPU v5 lite"."""
+def chip_family(device: Any) -> str:
+    """Returns the family of chips that run the same programs: "sm_90", "TPU v5 lite"."""
     capability = getattr(device, "compute_capability", None)
     return f"sm_{capability.replace('.', '')}" if capability else device.device_kind
 
 
 def record_proof(kernel: str, family: str, about: dict[str, str] | None) -> Path:
-    """Writes this machine's record of a kernel on a family of cards, and returns its path.
+    """Writes this machine's record of a kernel on a family of chips, and returns its path.
 
     Args:
-      about: of the run that proved the kernel, the card, the date, the version of jax and
+      about: of the run that proved the kernel, the chip, the date, the version of jax and
         `code_digest`. None removes the record.
     """
     records = _records()
@@ -107,15 +107,15 @@ def record_proof(kernel: str, family: str, about: dict[str, str] | None) -> Path
 
 
 def is_proven(kernel: str, device: Any) -> bool:
-    """Tells whether a kernel is proven on a card.
+    """Tells whether a kernel is proven on a chip.
 
-    The proof is a result for the card's family, or this machine's record with this version of jax
+    The proof is a result for the chip's family, or this machine's record with this version of jax
     and this code of the kernels. Where a job has several processes, such a record does not count:
     all processes must decide alike.
     """
-    if card_family(device) in PROVEN.get(kernel, ()):
+    if chip_family(device) in PROVEN.get(kernel, ()):
         return True
-    record = _records().get(kernel, {}).get(card_family(device), {})
+    record = _records().get(kernel, {}).get(chip_family(device), {})
     is_same = record.get("jax") == jax.__version__ and record.get("code") == code_digest()
     return jax.process_count() == 1 and is_same
 
@@ -136,13 +136,13 @@ def _fastest(device: Any, config: TransformerConfig, dtype: Any) -> str:
         return [*_of_platform(device), "xla"][0]
     kernel = next((name for name in kernels if is_proven(name, device)), None)
     if kernel is None:
-        kind, family = device.device_kind, card_family(device)
-        card = kind if kind == family else f"{kind} ({family})"
+        kind, family = device.device_kind, chip_family(device)
+        chip = kind if kind == family else f"{kind} ({family})"
         remedy = "`python -m benchmarks.chip` proves it"
         if jax.process_count() > 1:
             remedy += "; a job of several processes then has to name it in compute.attention"
         names = " or ".join(kernels)
-        _tell(f"attention: {names} is not proven on {card}; using xla instead; {remedy}")
+        _tell(f"attention: {names} is not proven on {chip}; using xla instead; {remedy}")
         return "xla"
     # Only the first process could compile for its device. With several processes, a kernel that
     # does not compile raises its error when the job compiles.

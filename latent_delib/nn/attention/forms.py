@@ -17,15 +17,15 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from latent_delib.nn.attention import gpu, primitive, tokamax_gpu, tpu, xla
-from latent_delib.nn.attention.cards import LEAST
+from latent_delib.nn.attention.blocks import LEAST
 from latent_delib.nn.attention.primitive import Bounds, Keys, Options
 
 
 class Kernel(NamedTuple):
-    """Describes a form that is made for one kind of card.
+    """Describes a form that is made for one kind of chip.
 
     module: has the functions `forward` and `backward`.
-    platform: the platform of the cards, as jax names it in `platform_dependent`.
+    platform: the platform of the chips, as jax names it in `platform_dependent`.
     head_dims, dtypes: those that it supports.
     is_ours: it is interpreted on other platforms, and has no gradient of a prefix.
     """
@@ -38,7 +38,7 @@ class Kernel(NamedTuple):
 
 
 FLOATS = (jnp.bfloat16, jnp.float32)
-# "auto" takes the first kernel of a card's platform that is proven on the card.
+# "auto" takes the first kernel of a chip's platform that is proven on the chip.
 KERNELS = {
     "pallas_gpu": Kernel(gpu, "cuda", gpu.HEAD_DIMS, FLOATS, is_ours=True),
     "pallas_tpu": Kernel(tpu, "tpu", tpu.HEAD_DIMS, FLOATS, is_ours=True),

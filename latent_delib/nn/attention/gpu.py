@@ -22,8 +22,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from latent_delib.nn.attention import cards
-from latent_delib.nn.attention.cards import Blocks
+from latent_delib.nn.attention import blocks
+from latent_delib.nn.attention.blocks import Blocks
 from latent_delib.nn.attention.layout import by_head, flat
 from latent_delib.nn.attention.primitive import Bounds, Keys, Options, delta_of
 from latent_delib.nn.products import precision
@@ -132,7 +132,7 @@ def _own_gradient(rows, own, bounds, options):
 def _cut(kernel, q_BUKGH, shared_memory) -> Blocks:
     """Returns the largest blocks that fit, cut down to the number of rows of the call."""
     _, U, _, G, H = q_BUKGH.shape
-    cut = cards.blocks(kernel, H, q_BUKGH.dtype, shared_memory)
+    cut = blocks.fitting(kernel, H, q_BUKGH.dtype, shared_memory)
     return cut._replace(rows=min(cut.rows, max(16, pl.next_power_of_2(U * G))))
 
 

@@ -49,7 +49,7 @@ def is_installed() -> bool:
 
 
 def runs_on(device: Any) -> bool:
-    """Tells whether a device is one of NVIDIA's Hopper or Blackwell cards for data centers."""
+    """Tells whether a device is one of NVIDIA's Hopper or Blackwell chips for data centers."""
     capability = str(getattr(device, "compute_capability", ""))
     return capability.split(".")[0] in ("9", "10")
 

@@ -1,4 +1,4 @@
-"""Says what the results of `benchmarks.chip` are made on: card, driver, versions, code."""
+"""Says what the results of `benchmarks.chip` are made on: chip, driver, versions, code."""
 
 import importlib.metadata
 import re
@@ -14,14 +14,14 @@ from latent_delib.machine import chips
 from latent_delib.nn.attention import choice
 
 
-def card(small: bool) -> dict[str, Any]:
+def about(small: bool) -> dict[str, Any]:
     """Says what the results are made on."""
     device = jax.local_devices()[0]
     return common.machine() | {
         "jaxlib": jaxlib.__version__,
         "driver": driver(device),
         "platform": device.platform,
-        "family": choice.card_family(device),
+        "family": choice.chip_family(device),
         "kernels": list(choice.kernels_of(device)),
         "code": choice.code_digest(),
         "plugins": installed_plugins(),

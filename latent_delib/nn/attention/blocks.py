@@ -1,11 +1,11 @@
-"""NVIDIA's cards: the shared memory of each, and the blocks that fit into it."""
+"""NVIDIA's chips: the shared memory of each, and the blocks that fit into it."""
 
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-# Bytes of shared memory that one program may have, on these cards and by compute capability (CUDA
-# programming guide). Every card that runs the kernels has at least LEAST.
+# Bytes of shared memory that one program may have, on these chips and by compute capability (CUDA
+# programming guide). Every chip that runs the kernels has at least LEAST.
 H100, A100, L4 = 227 * 1024, 163 * 1024, 99 * 1024
 SHARED_MEMORY = {
     "8.0": A100,
@@ -34,7 +34,7 @@ class Blocks(NamedTuple):
 
 
 # Blocks by head dim, and by the shared memory that they need, the largest first. XLA can compile
-# each of them for a card with this much. Compiled for an H100, none spills registers, and products
+# each of them for a chip with this much. Compiled for an H100, none spills registers, and products
 # overlap.
 BFLOAT16 = {
     "forward": {
@@ -63,7 +63,7 @@ FLOAT32 = {
 def shared_memory_of(device: Any) -> int:
     """Returns the bytes of shared memory that one program may have on a device.
 
-    Returns LEAST for a card that is not listed, and for other devices, which interpret the kernels.
+    Returns LEAST for a chip that is not listed, and for other devices, which interpret the kernels.
     Returns 0 for a GPU that cannot run the kernels: one below compute capability 8.0, or not
     NVIDIA's.
     """
@@ -76,7 +76,7 @@ def shared_memory_of(device: Any) -> int:
     return SHARED_MEMORY.get(capability, LEAST)
 
 
-def blocks(kernel: str, head_dim: int, dtype: Any, shared_memory: int) -> Blocks:
+def fitting(kernel: str, head_dim: int, dtype: Any, shared_memory: int) -> Blocks:
     """Returns the largest blocks of a kernel that fit into shared memory.
 
     Args:
