@@ -21,7 +21,7 @@ import numpy as np
 from etils import epath
 
 from latent_delib.data.tokenizer import Tokenizer
-from latent_delib.delib import augment
+from latent_delib.delib import augment, lora
 from latent_delib.delib.methods import METHODS
 from latent_delib.errors import UserError
 from latent_delib.job import build
@@ -219,7 +219,7 @@ def export_coprocessor(workdir: str, out: Path) -> None:
     if record["method.lora_rank"] and "layers" in params:  # adapters are multiplied out
         below = {"decoder": load.load_decoder(load.decoder_of(workdir, record)).params}
         below |= load.load_assistant(trained)
-        params = augment.assemble(below, {"coprocessor": params})["coprocessor"]
+        params = lora.multiply_out(augment.assemble(below, {"coprocessor": params})["coprocessor"])
     method = {**record.config["method"], "lora_rank": 0, "start": ""}  # without adapters now
     whole = dataclasses.replace(record, config={**record.config, "method": method}, start="")
     fields = {"fingerprint": trained.fingerprint, "record": whole.meta()}

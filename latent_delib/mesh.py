@@ -313,14 +313,21 @@ def product(mesh: Mesh) -> Callable[..., jax.Array]:
             chosen[axis] = mesh_axes if by_hand.issuperset(mesh_axes) else ()
         return spec(axes, chosen)
 
-    def multiply(x: jax.Array, w: jax.Array, x_axes: Axes, w_axes: Axes, y_axes: Axes) -> jax.Array:
+    def multiply(
+        x: jax.Array,
+        w: jax.Array,
+        x_axes: Axes,
+        w_axes: Axes,
+        y_axes: Axes,
+        dtype: Any = None,
+    ) -> jax.Array:
         count = contracted(x_axes, w_axes, y_axes)
-        if mesh.size == mesh.shape["tensor"]:  # nothing to gather
-            return matmul(x, w, count, flat)
+        if mesh.size == mesh.shape["tensor"] or "embed" not in w_axes:  # nothing to gather
+            return matmul(x, w, count, flat, dtype)
 
         def on_each_device(x: jax.Array, w: jax.Array) -> jax.Array:
             whole = jax.lax.all_gather(w, width, axis=w_axes.index("embed"), tiled=True)
-            return matmul(x, whole, count, flat)
+            return matmul(x, whole, count, flat, dtype)
 
         activations = _activations((x_axes, x))
         return jax.shard_map(

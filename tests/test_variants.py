@@ -13,7 +13,7 @@ import latent_delib as ld
 from latent_delib import convert, evaluate, train
 from latent_delib import mesh as mesh_lib
 from latent_delib.data import batches
-from latent_delib.delib import augment
+from latent_delib.delib import augment, lora
 from latent_delib.delib.step import TrainState
 from latent_delib.errors import UserError
 from latent_delib.job import build, experiment, parameters
@@ -307,7 +307,8 @@ def test_adapters_are_written_into_the_decoder_they_adapt(make_config, decoder_f
     config = make_config(VARIANTS["decoder lora"].changes)
     train.train(config, str(tmp_path))
     original = ld.load_decoder(decoder_folder).params
-    expected = augment.assemble({"decoder": original}, workdirs.weights_of(tmp_path, 4))["decoder"]
+    whole = augment.assemble({"decoder": original}, workdirs.weights_of(tmp_path, 4))["decoder"]
+    expected = lora.multiply_out(whole)
     found = ld.load_decoder(tmp_path / "decoder").params
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6), found, expected
@@ -396,9 +397,8 @@ def test_exports(make_config, trained, tmp_path):
     )
     decoder = ld.load_decoder(make_config().decoder.path)
     below = jax.device_get(decoder.params)
-    params = augment.assemble({"decoder": below}, {"coprocessor": jax.device_get(expected.params)})[
-        "coprocessor"
-    ]
+    trained = {"coprocessor": jax.device_get(expected.params)}
+    params = lora.multiply_out(augment.assemble({"decoder": below}, trained)["coprocessor"])
     jax.tree.map(np.testing.assert_array_equal, found.params, params)
     train.train(make_config(VARIANTS["resized"].changes), str(tmp_path / "r"))
     convert.convert(str(tmp_path / "r"), str(tmp_path / "resized"))

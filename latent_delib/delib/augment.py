@@ -159,7 +159,7 @@ def assemble(frozen: Params, trainable: Params) -> Params:
     not trained come from the frozen coprocessor. Without a frozen coprocessor they come from the
     assistant's layers, and without an assistant from the decoder's layers, adapters included.
     """
-    decoder = lora.merge(frozen.get("decoder", {}), trainable.get("decoder", {}))
+    decoder = lora.join(frozen.get("decoder", {}), trainable.get("decoder", {}))
     params = frozen | {"decoder": decoder}
     if "coprocessor" not in trainable:
         return params
@@ -167,7 +167,7 @@ def assemble(frozen: Params, trainable: Params) -> Params:
     if "final_norm" in own:  # whole, and perhaps of another architecture
         return params | {"coprocessor": own}
     below = frozen.get("coprocessor") or coprocessor.body(starting_decoder_of(params))
-    return params | {"coprocessor": lora.merge(below, own)}
+    return params | {"coprocessor": lora.join(below, own)}
 
 
 def starting_decoder_of(params: Params) -> Params:

@@ -9,8 +9,8 @@ Useful means the operations that the method needs if nothing is computed twice:
   - the logits likewise, and once forward for a teacher;
   - attention on visible pairs only, without gradients of the frozen text's keys and values.
 
-Not counted: the products that make adapters into weights, and maps between caches. `Method.cost`
-gives the cost of writing latents.
+Adapters count as if the matrices beside them were trained, which is more than they need. Maps
+between caches are not counted. `Method.cost` gives the cost of writing latents.
 """
 
 from latent_delib.delib import flops

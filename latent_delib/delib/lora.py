@@ -1,7 +1,7 @@
 """Low-rank adaptation (Hu et al. 2021) as a pure function of a parameter tree.
 
-A matrix w of a layer becomes w + a b; only a and b are trained. In a tree of adapters, "q_a" and
-"q_b" belong to the matrix "q" of the adapted tree.
+A matrix w of a layer becomes w + a b; only a and b are trained. The adapters "q_a" and "q_b" belong
+to the matrix "q".
 """
 
 import math
@@ -39,24 +39,40 @@ def init(key: jax.Array, tree: Params, rank: int) -> Params:
     return adapters
 
 
-def merge(base: Params, tree: Params) -> Params:
-    """Returns the tree `base` with `tree` merged into it.
+def join(base: Params, tree: Params) -> Params:
+    """Returns the tree `base` with `tree` laid over it.
 
-    A leaf of `tree` replaces the leaf of its name. A pair of adapters adds its product to its
-    matrix. All other leaves are the arrays of `base` themselves.
+    A leaf of `tree` replaces the leaf of its name. Adapters stand beside their matrix, and a layer
+    adds their product to that of the matrix (`nn.layers.dense`). If `base` has adapters of the same
+    matrix, both pairs become one of the summed rank.
     """
-    found: Params = {}
-    for name, leaf in base.items():
-        if isinstance(leaf, dict):
-            found[name] = merge(leaf, tree.get(name, {}))
-        elif f"{name}_a" in tree:
-            a, b = tree[f"{name}_a"], tree[f"{name}_b"]
-            change = jax.vmap(partial(matmul, contracted=1))(a, b)
-            found[name] = leaf + change.astype(leaf.dtype)
-        else:
-            found[name] = tree.get(name, leaf)
+    found = dict(base)
     for name, leaf in tree.items():
-        is_adapter = name.removesuffix("_a").removesuffix("_b") in base
-        if name not in base and not is_adapter:
+        if isinstance(leaf, dict):
+            found[name] = join(base.get(name, {}), leaf)
+        elif name in base and _matrix_of(name):
+            rank_axis = -1 if name.endswith("_a") else 1
+            found[name] = jnp.concatenate([base[name], leaf], rank_axis)
+        else:
             found[name] = leaf
     return found
+
+
+def multiply_out(tree: Params) -> Params:
+    """Returns a tree without adapters: each pair is multiplied, and added to its matrix."""
+    found: Params = {}
+    for name, leaf in tree.items():
+        if isinstance(leaf, dict):
+            found[name] = multiply_out(leaf)
+        elif f"{name}_a" in tree:
+            change = jax.vmap(partial(matmul, contracted=1))(tree[f"{name}_a"], tree[f"{name}_b"])
+            found[name] = leaf + change.astype(leaf.dtype)
+        elif not _matrix_of(name):
+            found[name] = leaf
+    return found
+
+
+def _matrix_of(name: str) -> str:
+    """Returns the name of the matrix that an adapter belongs to; "" for another leaf."""
+    matrix, _, part = name.rpartition("_")
+    return matrix if part in ("a", "b") and matrix in INPUT_AXES else ""

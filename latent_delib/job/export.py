@@ -56,7 +56,7 @@ def export_decoder(
     if not exp.trains_whole_decoder:
         frozen = frozen or parameters.place_decoder(exp, exp.dtype)
         below = jax.tree.map(lambda x: x.astype(jnp.float32), frozen)
-        tree = jax.jit(lora.merge)(below, tree)
+        tree = jax.jit(lora.multiply_out)(lora.join(below, tree))
     leaves = folder.by_name(tree)
     dtype = jnp.dtype(exp.config.decoder.export_dtype)
     gather = jax.jit(lambda x: x.astype(dtype), out_shardings=mesh_lib.replicated(exp.mesh))

@@ -191,7 +191,7 @@ def _load_coprocessor(workdir: str | os.PathLike, step: int | None) -> Coprocess
                 f"{record['method.start']}"
             )
         start = _load_coprocessor(*build.split_start(record["method.start"]))
-        params = lora.merge(start.params, params)
+        params = lora.multiply_out(lora.join(start.params, params))
     fingerprint = record.fingerprint
     if METHODS[name].trains_decoder:  # it belongs to the decoder that was trained with it
         fingerprint = folder.fingerprint(locate.find_decoder(decoder_of(workdir, record)))

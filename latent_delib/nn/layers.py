@@ -3,6 +3,7 @@
 Parameters are created in float32, and cast to the dtype of the input.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -77,6 +78,12 @@ def contracted(x_axes: Axes, w_axes: Axes, y_axes: Axes) -> int:
     return (len(x_axes) + len(w_axes) - len(y_axes)) // 2
 
 
+def _product(
+    x: jax.Array, w: jax.Array, x_axes: Axes, w_axes: Axes, y_axes: Axes, dtype: Any = None
+) -> jax.Array:
+    return matmul(x, w, contracted(x_axes, w_axes, y_axes), dtype=dtype)
+
+
 class Partition(NamedTuple):
     """Says how work is divided over devices, by the names of logical axes.
 
@@ -84,8 +91,8 @@ class Partition(NamedTuple):
 
     constrain(x, axes): returns the activation x, split over devices by its axes.
     gather(w, axes): returns the table of vectors w, whole along the width.
-    product(x, w, x_axes, w_axes, y_axes): returns activations x times a weight w that is split over
-      devices (`products.matmul`).
+    product(x, w, x_axes, w_axes, y_axes, dtype): returns activations x times a weight w that is
+      split over devices (`products.matmul`).
     split(function, in_axes, out_axes): returns a function that runs `function` on each device's own
       part of the arguments.
     row_shards: number of parts into which the rows of a batch are split.
@@ -94,7 +101,7 @@ class Partition(NamedTuple):
 
     constrain: Callable[[jax.Array, Axes], jax.Array] = lambda x, axes: x
     gather: Callable[[jax.Array, Axes], jax.Array] = lambda w, axes: w
-    product: Callable[..., jax.Array] = lambda x, w, *axes: matmul(x, w, contracted(*axes))
+    product: Callable[..., jax.Array] = _product
     split: Callable[[Callable, Any, Any], Callable] = lambda function, in_axes, out_axes: function
     row_shards: int = 1
     shared_memory: int = LEAST
@@ -133,6 +140,31 @@ def normed(c: TransformerConfig, name: str, x: jax.Array) -> jax.Array:
     if c.layer_norm:
         return nn.LayerNorm(c.norm_eps, x.dtype, use_fast_variance=False, name=name)(x)
     return RMSNorm(c.norm_eps, c.norm_offset, name=name)(x)
+
+
+def dense(
+    module: nn.Module, name: str, shape: tuple[int, ...], x: jax.Array, x_axes: Axes, y_axes: Axes
+) -> jax.Array:
+    """Returns x times the parameter `name` of a module.
+
+    Low-rank adapters in the tree (`delib.lora`) are added to the product, in float32. Added to a
+    parameter of bfloat16, or to a product that is rounded already, a small change would be lost.
+
+    shape: of the parameter.
+    """
+    fan_in = math.prod(shape[: INPUT_AXES[name]])
+    w = module.param(name, _normal(fan_in), shape).astype(x.dtype)
+    first, second = f"{name}_a", f"{name}_b"
+    axes_of = {each: PARAM_AXES[each][1:] for each in (name, first, second)}
+    product = module.partition.product
+    if not module.has_variable("params", first):
+        return product(x, w, x_axes, axes_of[name], y_axes)
+    a = module.get_variable("params", first).astype(x.dtype)
+    b = module.get_variable("params", second).astype(x.dtype)
+    few = product(x, a, x_axes, axes_of[first], TRACES)
+    y = product(x, w, x_axes, axes_of[name], y_axes, jnp.float32)
+    y += product(few, b, TRACES, axes_of[second], y_axes, jnp.float32)
+    return y.astype(x.dtype)
 
 
 def biased(y: jax.Array, bias: jax.Array) -> jax.Array:
@@ -182,8 +214,7 @@ class Attention(nn.Module):
         D, N, K, H = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
 
         def project(name: str, heads: int) -> jax.Array:
-            w_DNH = self.param(name, _normal(D), (D, heads, H)).astype(x_BMSD.dtype)
-            y = self.partition.product(x_BMSD, w_DNH, TRACES, PARAM_AXES[name][1:], HEADS)
+            y = dense(self, name, (D, heads, H), x_BMSD, TRACES, HEADS)
             if c.qkv_bias:
                 y = biased(y, self.param(f"{name}_bias", nn.initializers.zeros, (heads, H)))
             return self.partition.constrain(y, HEADS)
@@ -217,8 +248,7 @@ class Attention(nn.Module):
         in_axes = (HEADS, HEADS, HEADS, prefix and (TEXT, TEXT), Bounds(QUERIES, QUERIES, QUERIES))
         attention = self.partition.split(form, in_axes, HEADS)
         out_BMSNH = attention(q_BMSNH, k_BMUKH, v_BMUKH, prefix, bounds)
-        w_NHD = self.param("out", _normal(N * H), (N, H, D)).astype(x_BMSD.dtype)
-        out_BMSD = self.partition.product(out_BMSNH, w_NHD, HEADS, PARAM_AXES["out"][1:], TRACES)
+        out_BMSD = dense(self, "out", (N, H, D), out_BMSNH, HEADS, TRACES)
         if c.other_bias:
             out_BMSD = biased(out_BMSD, self.param("out_bias", nn.initializers.zeros, (D,)))
         return out_BMSD, (k_BMUKH, v_BMUKH)
@@ -237,8 +267,7 @@ class MLP(nn.Module):
         activation = ACTIVATIONS[c.activation]
 
         def product(name: str, x: jax.Array, axes: tuple[Axes, Axes], shape: tuple) -> jax.Array:
-            w = self.param(name, _normal(shape[0]), shape).astype(x.dtype)
-            y = self.partition.product(x, w, axes[0], PARAM_AXES[name][1:], axes[1])
+            y = dense(self, name, shape, x, *axes)
             if c.other_bias:
                 y = biased(y, self.param(f"{name}_bias", nn.initializers.zeros, shape[1:]))
             return y

@@ -29,7 +29,9 @@ FEW_FOR_WEIGHT = range(8, 25)
 FEW_FOR_TABLE = range(2, 33)
 
 
-def matmul(x: jax.Array, w: jax.Array, contracted: int, flat: bool = False) -> jax.Array:
+def matmul(
+    x: jax.Array, w: jax.Array, contracted: int, flat: bool = False, dtype: Any = None
+) -> jax.Array:
     """Returns x [..., *in] times w [*in, *out], [..., *out].
 
     Args:
@@ -37,6 +39,7 @@ def matmul(x: jax.Array, w: jax.Array, contracted: int, flat: bool = False) -> j
       flat: compute the result as one product of two matrices. This is faster on CPUs: with more
         axes XLA transposes the operands of the backward pass, one element at a time, which takes
         longer than the products themselves. It is not faster on TPUs, where reshaping copies.
+      dtype: dtype of the result; None for the operands' dtype.
     """
     rows = x.shape[: x.ndim - contracted]
     outputs = w.shape[contracted:]
@@ -49,7 +52,8 @@ def matmul(x: jax.Array, w: jax.Array, contracted: int, flat: bool = False) -> j
             # XLA computes a product of a transposed x by another library (Eigen instead of YNN).
             x_DR = jax.lax.optimization_barrier(x.T)
             return einsum("DR,DF->RF", x_DR, w).reshape(*rows, *outputs)
-    y = jnp.tensordot(x, w, contracted, precision=precision(x, w))
+    how = {"precision": precision(x, w), "preferred_element_type": dtype}
+    y = jnp.tensordot(x, w, contracted, **how)
     return y.reshape(*rows, *outputs)
 
 

@@ -34,7 +34,7 @@ def asked(lowered, of: str) -> set[str]:
 
 def loss(params, aug, dtype):
     params = jax.tree.map(lambda x: x.astype(dtype), params)
-    decoder = lora.merge(params["decoder"], params.get("adapters", {}))
+    decoder = lora.join(params["decoder"], params.get("adapters", {}))
     tokens, at = jnp.zeros((2, 40), jnp.int32), jnp.zeros((2, 8), jnp.int32)
     return augment.loss(aug, params | {"decoder": decoder}, tokens, tokens + 1, at, A)[0]
 
