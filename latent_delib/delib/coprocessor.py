@@ -15,11 +15,13 @@ their values (`Inserted`) or lower attention scores.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from latent_delib.delib.traces import Traces
 from latent_delib.errors import UserError
@@ -186,9 +188,9 @@ def write_cartridge(
     own = {name: params["coprocessor"][name].astype(dtype) for name in CARTRIDGE_AXES}
     k = per_trace(own["keys"], traces).astype(dtype)  # [B, M, layers, L, K, H]
     v = per_trace(own["values"], traces).astype(dtype)
-    position = traces.latent_position
-    layers = [rotated(k[:, :, l], position, config, l) for l in range(config.num_layers)]
-    return Inserted(jnp.stack(layers, axis=2), v)
+    k = jnp.moveaxis(k, 2, 0)
+    k = rotated(k, traces.latent_position, config, range(config.num_layers))
+    return Inserted(jnp.moveaxis(k, 0, 2), v)
 
 
 def write_in_one_pass(
@@ -310,7 +312,7 @@ def _fed_back(
     if model.remat == "full":
         divisors = [n for n in range(1, L + 1) if L % n == 0]
         together = max(n for n in divisors if n * n <= L)  # at most the square root of L
-        steps = jax.checkpoint(steps)
+        steps = jax.checkpoint(steps, prevent_cse=False)
     none = jnp.zeros((c.num_layers, B, M, L - 1, c.num_kv_heads, c.head_dim), x_BMLD.dtype)
     start = jnp.zeros((B, M, D), x_BMLD.dtype), KV(none, none)
     _, z = jax.lax.scan(steps, start, jnp.arange(L).reshape(-1, together))
@@ -334,15 +336,16 @@ def _one_pass(
 
 
 def rotated(
-    x: jax.Array,
+    k: jax.Array,
     position: jax.Array,
     config: TransformerConfig,
-    layer: int,
+    layers: Sequence[int],
 ) -> jax.Array:
-    """Rotates keys [..., K, H] as layer `layer` does at positions [...].
+    """Rotates keys [len(layers), ..., K, H] as each of these layers does at positions [...].
 
     Negated positions rotate back.
     """
     if config.learned_positions:
-        return x
-    return rotary.rotate(x, rotary.tables(config, position)[int(config.is_local[layer])])
+        return k
+    kinds = np.array(config.is_local, int)[np.asarray(layers)]
+    return jax.vmap(rotary.rotate)(k, rotary.tables(config, position)[kinds])

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from latent_delib.delib.coprocessor import (
@@ -91,9 +90,9 @@ def write_through_maps(
     cache = reading.cache
     tree = params["coprocessor"]
     source = np.linspace(0, theirs.num_layers - 1, ours.num_layers).round().astype(int)
-    k = jnp.stack([rotated(cache.k[l], -cache.position, theirs, l) for l in source])
+    k = rotated(cache.k[source], -cache.position, theirs, source)
     k = einsum("lBTKH,lKHkh->lBTkh", k, tree["keys_in"].astype(k.dtype))
-    k = jnp.stack([rotated(k[l], cache.position, ours, l) for l in range(ours.num_layers)])
+    k = rotated(k, cache.position, ours, range(ours.num_layers))
     v = einsum("lBTKH,lKHkh->lBTkh", cache.v[source], tree["values_in"].astype(k.dtype))
     reading = reading._replace(cache=cache._replace(k=k, v=v))
     z_BMLd = write_in_one_pass(aug, params, reading, traces)

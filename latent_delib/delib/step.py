@@ -118,7 +118,7 @@ def train_step(
     updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
     trainable = optax.apply_updates(state.trainable, updates)
     new = TrainState(state.step + 1, trainable, opt_state)
-    metrics = {"loss": loss / count, "tokens": tokens, "grad_norm": optax.global_norm(grads)}
+    metrics = {"loss": loss / count, "tokens": tokens, "grad_norm": optax.tree.norm(grads)}
     if skip_bad:
         good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         new = _unless_bad(good, new, state)

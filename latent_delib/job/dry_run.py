@@ -125,10 +125,13 @@ def does_not_fit(needed: str, limit: str) -> UserError:
 
 
 def memory_of(chip: Any) -> float | None:
-    """Returns the bytes that a program can use on a chip; None where not known."""
+    """Returns the bytes that a program can use on a chip; None where not known.
+
+    A GPU of another machine has as many as the first one here.
+    """
     known = chips.chip_of(chip).memory
     if known is None and chip.platform == "gpu":
-        known = (chip.memory_stats() or {}).get("bytes_limit")
+        known = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     return known
 
 

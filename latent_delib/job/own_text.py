@@ -1,12 +1,10 @@
 """The text that `train --text` names: puts it into the config, and makes token files of it."""
 
-import os
 from typing import Any
 
-from latent_delib.data.sources import Files, parse, source_of
-from latent_delib.data.text_files import TextFiles
+from latent_delib.data.sources import source_of
 from latent_delib.errors import UserError
-from latent_delib.job.preparation import prepare
+from latent_delib.job.preparation import prepare, shared_text
 
 
 def use_text(config: Any, text: str, held_out: str) -> None:
@@ -22,7 +20,7 @@ def use_text(config: Any, text: str, held_out: str) -> None:
     """
     if not (text and held_out):
         raise UserError(f"--text={text}, --held_out={held_out}: expected both")
-    shared = _shared(source_of(text), source_of(held_out))
+    shared = shared_text(source_of(text), source_of(held_out))
     if shared:
         raise UserError(
             f"--held_out={held_out}: {min(shared)} is in --text too, which is trained on; "
@@ -51,26 +49,3 @@ def make_tokens(config: Any, workdir: str) -> None:
 def token_folder(workdir: str) -> str:
     """Returns the folder of the token files that `make_tokens` makes."""
     return f"{workdir.rstrip('/')}/tokens"
-
-
-def _shared(source: str, other: str) -> set[str]:
-    """Returns what two sources both read: files, or a split of a dataset.
-
-    Copies of a file are not noticed, nor are two slices of one split that overlap.
-
-    Raises:
-      UserError: a source has an unknown form, or no files.
-    """
-    one, two = parse(source), parse(other)
-    if isinstance(one, Files) and isinstance(two, Files):
-        return _paths(source, one) & _paths(other, two)
-    if isinstance(one, Files) or isinstance(two, Files) or one.whole_split != two.whole_split:
-        return set()
-    are_slices = "[" in one.split and "[" in two.split and one.split != two.split
-    return set() if are_slices else {one.whole_split}
-
-
-def _paths(source: str, meant: Files) -> set[str]:
-    """Returns the paths of a source's files, without symbolic links."""
-    paths = TextFiles(source, meant).parts
-    return {path if "://" in path else os.path.realpath(path) for path in paths}

@@ -6,13 +6,15 @@ that training from text uses too.
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from latent_delib.data import text, token_files
 from latent_delib.data.rows import BadRecords, Document
-from latent_delib.data.sources import check_files, has_questions, is_on_hub
+from latent_delib.data.sources import Files, check_files, has_questions, is_on_hub, parse
+from latent_delib.data.text_files import TextFiles
 from latent_delib.data.tokenizer import Tokenizer, fingerprint
 from latent_delib.errors import UserError
 from latent_delib.machine import files
@@ -42,6 +44,12 @@ def prepare(config: Any, out: str) -> dict:
     out = out.rstrip("/")
     sources = [*data.sources, *data.validation]
     check_files(sources)
+    for held_out in data.validation:
+        for source in data.sources:
+            shared = shared_text(source, held_out)
+            if shared:
+                found = f"{source} has {len(shared)} of its parts too, such as {min(shared)}"
+                print(f"warning: {held_out} is trained on: {found}", file=sys.stderr, flush=True)
     tokenizer = Tokenizer(tokenizer_of(config))
     if "://" in out:  # the store's client tries for minutes, without a word
         print(f"looking for token files in {out}", flush=True)
@@ -147,3 +155,26 @@ def _write_source(
         return token_files.write_train(directory, number, tokens, meta, whole)
     named = ((document.work, document.tokens) for document in documents)
     return token_files.write_validation(directory, number, named, meta)
+
+
+def shared_text(source: str, other: str) -> set[str]:
+    """Returns what two sources both read: files, or a split of a dataset.
+
+    Copies of a file are not noticed, nor are two slices of one split that overlap.
+
+    Raises:
+      UserError: a source has an unknown form, or no files.
+    """
+    one, two = parse(source), parse(other)
+    if isinstance(one, Files) and isinstance(two, Files):
+        return _paths(source, one) & _paths(other, two)
+    if isinstance(one, Files) or isinstance(two, Files) or one.whole_split != two.whole_split:
+        return set()
+    are_slices = "[" in one.split and "[" in two.split and one.split != two.split
+    return set() if are_slices else {one.whole_split}
+
+
+def _paths(source: str, meant: Files) -> set[str]:
+    """Returns the paths of a source's files, without symbolic links."""
+    paths = TextFiles(source, meant).parts
+    return {path if "://" in path else os.path.realpath(path) for path in paths}

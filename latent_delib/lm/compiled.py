@@ -201,8 +201,9 @@ def join(
         position=state.length + PLACEMENTS[aug.placement].shift(aug.num_latents),
         logits=transformer.unembed(output_VD, out_BMAD[:, 0, -1], aug.decoder.config),
     )
-    # Latents may share positions with text before them.
-    return state, _place(aug, cache_lib.by_position(cache))
+    if any(aug.decoder.config.is_local):  # a window is a range of positions
+        cache = cache_lib.by_position(cache)  # latents may share positions with text before them
+    return state, _place(aug, cache)
 
 
 @partial(jax.jit, static_argnames="aug", donate_argnames="cache")

@@ -341,7 +341,10 @@ def test_prepared_files_hold_what_text_holds(tokenizer, tmp_path, capsys, monkey
     data = config_data(sources, (2.0, 1.0), validation=sources[1:])
     monkeypatch.setattr(progress, "EVERY", 0.0)
     meta = prepare(data, tokenizer, tmp_path / "out")
-    printed = capsys.readouterr().out
+    printed, warned = capsys.readouterr()
+    has = f"{sources[1]} has 2 of its parts too, such as {tmp_path}/b/00.txt"
+    assert f"warning: {sources[1]} is trained on: {has}" in warned.splitlines()
+    assert warned.count("is trained on") == 1
     *_, last = re.findall(
         r"/a/\*: prepared ([\d,]+)/([\d,]+) bytes  [\d,.e+]+ bytes/s  ETA 0:00:00", printed
     )

@@ -115,10 +115,12 @@ def test_what_a_gpu_cannot_hold_is_refused(make_config, tmp_path, monkeypatch, c
     assert "GiB of 0.00 GiB" in capsys.readouterr().out, "the parts are shown before"
 
 
-def test_a_gpu_says_how_much_it_holds():
-    gpu = SimpleNamespace(platform="gpu", device_kind="NVIDIA L4")
-    gpu.memory_stats = lambda: {"bytes_limit": 24, "bytes_in_use": 3}
-    assert dry_run.memory_of(gpu) == 24
+def test_a_gpu_says_how_much_it_holds(monkeypatch):
+    """Only those of this machine answer."""
+    elsewhere = SimpleNamespace(platform="gpu", device_kind="NVIDIA L4")
+    here = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 24, "bytes_in_use": 3})
+    monkeypatch.setattr(jax, "local_devices", lambda: [here])
+    assert dry_run.memory_of(elsewhere) == 24
     tpu = SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
     assert dry_run.memory_of(tpu) == 15.75 * 2**30
     assert dry_run.memory_of(jax.devices("cpu")[0]) is None

@@ -72,10 +72,10 @@ def attend(
     U = k_BMUKH.shape[2]
     seen = weights(q_BMSNH, k_BMUKH, prefix, bounds, scale=scale, softcap=softcap)
     seen = seen.astype(v_BMUKH.dtype)
-    out = einsum("BMKGSU,BMUKH->BMSKGH", seen[..., -U:], v_BMUKH)
+    out = einsum("BMKGSU,BMUKH->BMSKGH", seen[..., -U:], v_BMUKH, jnp.float32)
     if prefix is not None:
-        out += einsum("BMKGST,BTKH->BMSKGH", seen[..., :-U], prefix[1])
-    return out.reshape(q_BMSNH.shape)
+        out += einsum("BMKGST,BTKH->BMSKGH", seen[..., :-U], prefix[1], jnp.float32)
+    return out.astype(v_BMUKH.dtype).reshape(q_BMSNH.shape)
 
 
 def weights(
