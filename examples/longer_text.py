@@ -19,13 +19,8 @@ from examples.probe import PLACES, ROWS, WORKS, cell, rows_of
 MORE = 32  # tokens
 AHEAD = 4
 SHOWN = (1, 4)  # n
-LENGTHS = (
-    (0, 15),
-    (16, 31),
-    (32, 63),
-    (64, 91),
-    (0, 91),
-)  # from, to: tokens of text before a place
+# Tokens of text before a place: from, to.
+LENGTHS = ((0, 15), (16, 31), (32, 63), (64, 91), (0, 91))
 
 
 def measure(lm: ld.AugmentedLM, works: list[Path]) -> np.ndarray:
@@ -50,9 +45,8 @@ def measure(lm: ld.AugmentedLM, works: list[Path]) -> np.ndarray:
                 chosen = (at >= low) & (at <= high)
                 found[group, 0, number] += chosen.sum()
                 for side, log_p in enumerate((plain, augmented), 1):
-                    found[group, side, number] += np.asarray(from_longer - log_p)[chosen].sum(
-                        axis=0
-                    )
+                    more_nll = np.asarray(from_longer - log_p)[chosen]
+                    found[group, side, number] += more_nll.sum(axis=0)
     return found
 
 

@@ -49,9 +49,8 @@ def main() -> None:
         for ends in every:
             followed = instead.get(len(ends), (len(ends),))
             solved.append(any((ends[k - 1] == ends[-1]).all() for k in followed))
-        shares = [
-            np.mean(np.array(solved)[chosen]) for chosen in (asked > 0, asked == 4, asked == 5)
-        ]
+        solved = np.array(solved)
+        shares = [solved.mean(), solved[asked == 4].mean(), solved[asked == 5].mean()]
         print(f"| {name} |", " | ".join(f"{100 * share:.1f} %" for share in shares), "|")
     # Some walk ends elsewhere after two, three and four hops than after all five.
     needs_five = []
@@ -59,9 +58,7 @@ def main() -> None:
         elsewhere = (ends[1:4] != ends[-1]).all(axis=0)  # of each walk
         needs_five.append(len(ends) == 5 and bool(elsewhere.any()))
     needs_five = np.array(needs_five)
-    print(
-        f"\n{needs_five.sum()} questions need five hops for one of their walks. Solved, at least:"
-    )
+    print(f"\n{needs_five.sum()} questions need five hops for one of their walks. At least solved:")
     read = {file.path: file.read for file in packed.files_below(RESULTS)}
     for run in RUNS:
         found = []
