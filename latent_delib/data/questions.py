@@ -124,7 +124,7 @@ def read(line: bytes, with_steps: bool) -> Question:
 def encode(
     line: bytes, with_steps: bool, tokenizer: Tokenizer, removed: int = 0
 ) -> tuple[np.ndarray, str]:
-    """Returns the tokens of a line and its fault, as `rows.encode` does. An empty line has neither.
+    """Returns a line's tokens and its fault, as `rows.encode` does. An empty line has neither.
 
     The prompt, the steps, their end and the answer are tokenized separately. So the prompt has the
     same tokens when the question is asked, and the answer has the same with and without steps.
@@ -145,9 +145,11 @@ def encode(
     parts = []
     for number, text in enumerate(question.parts(with_steps, removed)):
         content = text.encode(errors="surrogatepass")
-        tokens, fault = rows.encode(content, tokenizer, in_text=number > 0)
-        if fault:
-            return nothing, fault
+        decoded, fault = rows.decode(content)
+        ids = tokenizer.encode_in_text(decoded) if number else tokenizer.encode(decoded)
+        tokens, other_fault = rows.checked(ids, tokenizer)
+        if fault or other_fault:
+            return nothing, fault or other_fault
         parts.append(tokens)
     end = tokenizer.encode_in_text(PROMPT_END)
     if parts[0][-len(end) :].tolist() != end:

@@ -10,7 +10,6 @@ longer than a row loses its end.
 import atexit
 import collections
 import contextlib
-import itertools
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -104,22 +103,36 @@ class BadRecords:
             print(UserError(f"bad record number {number}, skipped: {record}"), flush=True)
 
 
-def encode(text: bytes, tokenizer: Any, in_text: bool = False) -> tuple[np.ndarray, str]:
-    """Returns a document's tokens, int32 [n] without BOS, and its fault; "" if it has none.
+def encode(contents: Iterable[bytes], tokenizer: Any) -> list[tuple[np.ndarray, str]]:
+    """Returns the tokens of each document, int32 [n] without BOS, and its fault; "" if it has none.
 
-    in_text: whether it is a later part of a document (see `Tokenizer.encode_in_text`).
+    A document with a fault has no tokens.
     """
-    nothing = np.empty(0, np.int32)
+    decoded = list(map(decode, contents))
+    batch = tokenizer.encode_batch([text for text, _ in decoded])
+    found = []
+    for (_, fault), ids in zip(decoded, batch, strict=True):
+        tokens, other_fault = checked(ids, tokenizer)
+        found.append((tokens, fault or other_fault))
+    return found
+
+
+def decode(content: bytes) -> tuple[str, str]:
+    """Returns a document as text, and its fault; "" if it has none. With a fault it has no text."""
     try:
-        decoded = text.decode()
+        text = content.decode()
     except UnicodeDecodeError:
-        return nothing, "not UTF-8 text"
-    if "\0" in decoded:
-        return nothing, "holds NUL characters, is it UTF-16? convert the file to UTF-8"
-    ids = tokenizer.encode_in_text(decoded) if in_text else tokenizer.encode(decoded)
+        return "", "not UTF-8 text"
+    if "\0" in text:
+        return "", "holds NUL characters, is it UTF-16? convert the file to UTF-8"
+    return text, ""
+
+
+def checked(ids: list[int], tokenizer: Any) -> tuple[np.ndarray, str]:
+    """Returns token ids as int32 [n], and their fault; "" if they have none."""
     tokens = np.array(ids, np.int32)
     if ((tokens == tokenizer.bos_id) | (tokens == tokenizer.pad_id)).any():
-        return nothing, "the tokenizer turns its text into BOS or padding"
+        return np.empty(0, np.int32), "the tokenizer turns its text into BOS or padding"
     return tokens, ""
 
 
@@ -131,7 +144,7 @@ def packed(
     pad_id: int,
     whole: bool = False,
 ) -> Iterator[np.ndarray]:
-    """Packs documents into rows; yields those that are complete, int32 [k, length], after each.
+    """Packs documents into rows; yields rows, int32 [k, length], as soon as they are complete.
 
     BOS begins each row and each document. The last row is padded.
 
@@ -143,28 +156,33 @@ def packed(
         next row would hold the end of a question without its beginning.
     """
     room = length - 1  # tokens of a row after its BOS
+    bos = np.array([bos_id], np.int32)
+    padding = np.full(room, pad_id, np.int32)
+    held: list[np.ndarray] = []  # the row begun so far, without its BOS
+    count = 0  # its tokens
 
-    def rows(tokens: np.ndarray) -> np.ndarray:
-        return np.pad(tokens.reshape(-1, room), ((0, 0), (1, 0)), constant_values=bos_id)
+    def rows(parts: list[np.ndarray]) -> np.ndarray:
+        tokens = np.concatenate(parts).reshape(-1, room)
+        return np.pad(tokens, ((0, 0), (1, 0)), constant_values=bos_id)
 
-    def padded(body: np.ndarray) -> np.ndarray:
-        return np.pad(body, (0, room - len(body)), constant_values=pad_id)
-
-    body = np.empty(0, np.int32)  # the row begun so far, without its BOS
     for tokens in documents:
         if whole:
             tokens = tokens[:room]
-            if len(body) and len(body) + 1 + len(tokens) > room:
-                yield rows(padded(body))
-                body = body[:0]
-        if len(body):  # a document that begins a row is led by the row's own BOS
-            body = np.append(body, np.int32(bos_id))
-        body = np.concatenate([body, tokens])
-        complete = len(body) - len(body) % room
-        yield rows(body[:complete])
-        body = body[complete:]
-    if len(body):
-        yield rows(padded(body))
+            if count and count + 1 + len(tokens) > room:
+                yield rows([*held, padding[count:]])
+                held, count = [], 0
+        if count:  # a document that begins a row is led by the row's own BOS
+            held.append(bos)
+            count += 1
+        held.append(tokens)
+        count += len(tokens)
+        if count >= room:  # now, so that a row begun is copied once, not with each document
+            count %= room
+            complete = len(tokens) - count
+            yield rows([*held[:-1], tokens[:complete]])
+            held = [tokens[complete:]]
+    if count:
+        yield rows([*held, padding[count:]])
 
 
 def segments(tokens_BT: np.ndarray, bos_id: int, pad_id: int) -> np.ndarray:
@@ -182,10 +200,18 @@ def cut_pieces(tokens: np.ndarray, length: int, bos_id: int) -> list[np.ndarray]
     return found
 
 
-def grouped(items: Iterable, size: int) -> Iterator[list]:
-    """Yields the items in lists of `size`, the last one shorter."""
-    items = iter(items)
-    yield from iter(lambda: list(itertools.islice(items, size)), [])
+def grouped(items: Iterable, size: int, size_of: Callable[[Any], int]) -> Iterator[list]:
+    """Yields lists of the items. A list ends where its sizes add up to `size` or more."""
+    group: list = []
+    reached = 0
+    for item in items:
+        group.append(item)
+        reached += size_of(item)
+        if reached >= size:
+            yield group
+            group, reached = [], 0
+    if group:
+        yield group
 
 
 def map_in_threads(function: Callable, items: Iterable, threads: int, count: int) -> Iterator:

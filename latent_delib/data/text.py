@@ -27,8 +27,8 @@ from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.errors import UserError
 
 BLOCK = 16  # texts that are read from a part at each of its turns
-_THREADS = min(8, os.cpu_count() or 1)
-_GROUP = 16  # texts that a thread takes at once
+_THREADS = os.cpu_count() or 1
+_GROUP = 1 << 16  # bytes of text that a thread takes at once
 
 
 class Reader(Protocol):
@@ -117,20 +117,25 @@ def texts(reader: Reader, parts: Iterable[str] | None = None) -> Iterator[Text]:
             opened.extend(itertools.islice(unopened, 1))
 
 
-def tokens_of(reader: Reader, text: Text, tokenizer: Tokenizer) -> tuple[np.ndarray, str]:
-    """Returns a text's tokens, int32 [n] without BOS, and its fault; "" if it has none.
+def tokens_of(
+    reader: Reader, group: Iterable[Text], tokenizer: Tokenizer
+) -> list[tuple[np.ndarray, str]]:
+    """Returns the tokens of each text, int32 [n] without BOS, and its fault; "" if it has none.
 
-    A text with a fault has no tokens.
+    A text with a fault has no tokens. The fault names the part and the number of the text.
     """
     source = reader.source
+    contents = [text.content for text in group]
     if has_questions(source):
-        removed = removed_steps(source)
-        tokens, fault = questions.encode(text.content, has_steps(source), tokenizer, removed)
+        form = (has_steps(source), tokenizer, removed_steps(source))
+        found = [questions.encode(content, *form) for content in contents]
     else:
-        tokens, fault = encode(text.content, tokenizer)
-    if fault:
-        fault = f"{text.part}: {reader.unit} {text.number}: {fault}"
-    return tokens, fault
+        found = encode(contents, tokenizer)
+    named = []
+    for text, (tokens, fault) in zip(group, found, strict=True):
+        place = f"{text.part}: {reader.unit} {text.number}: "
+        named.append((tokens, fault and place + fault))
+    return named
 
 
 def documents(
@@ -142,13 +147,13 @@ def documents(
       UserError: the source has no good document, or one bad document too many.
     """
 
-    def encoded(group: list[Text]) -> list[tuple[Text, np.ndarray, str]]:
-        return [(text, *tokens_of(reader, text, tokenizer)) for text in group]
+    def encoded(group: list[Text]) -> list[tuple[Text, tuple[np.ndarray, str]]]:
+        return list(zip(group, tokens_of(reader, group, tokenizer), strict=True))
 
     empty = True
-    groups = grouped(texts(reader, parts), _GROUP)
+    groups = grouped(texts(reader, parts), _GROUP, lambda text: 1 + len(text.content))
     for group in map_in_threads(encoded, groups, threads=_THREADS, count=2 * _THREADS):
-        for text, tokens, fault in group:
+        for text, (tokens, fault) in group:
             if fault:
                 bad(fault)
             elif len(tokens):

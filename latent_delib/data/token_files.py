@@ -111,16 +111,14 @@ def _tokens(future: Any, where: str, vocab_size: int, bad: BadRecords) -> np.nda
 def _blocks(parts: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
     """Regroups arrays along their first axis into blocks of `size`, the last one smaller."""
     held: list[np.ndarray] = []
-    count = 0
+    missing = size
     for part in parts:
+        while len(part) >= missing:
+            yield np.concatenate([*held, part[:missing]])
+            held, part, missing = [], part[missing:], size
         held.append(part)
-        count += len(part)
-        while count >= size:
-            whole = np.concatenate(held)
-            yield whole[:size]
-            held = [whole[size:]]
-            count -= size
-    if count:
+        missing -= len(part)
+    if missing < size:
         yield np.concatenate(held)
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import re
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from latent_delib.machine.files import read_json, read_text
 # neither (GPT-2's).
 _SEPARATOR = "<|endoftext|>"
 GENERATION = "generation_config.json"  # beside a tokenizer; Hugging Face's name
+_LONGEST = 1 << 20  # characters that a library is given as one text
 _NO_TEXT = "\u00ff"  # byte 255, as byte-level vocabularies spell it; UTF-8 text never has this byte
 
 
@@ -67,12 +68,13 @@ def difference(own: "Tokenizer", other: "Tokenizer") -> str:
 class _Model(NamedTuple):
     """Holds a tokenizer as a library reads it from the files.
 
+    encode: texts -> the ids of each.
     bos_id, eos_id, pad_id, no_text_id: None where the files name no such token.
     runs: tokens that the library decodes together where they follow each other: as one text, or as
       no text at all.
     """
 
-    encode: Callable[[str], list[int]]
+    encode: Callable[[list[str]], list[list[int]]]
     decode: Callable[[list[int]], str]
     spell: Callable[[int], str]
     vocab_size: int
@@ -129,23 +131,33 @@ class Tokenizer:
         pads = [model.pad_id, self.eos_id, *sorted(self.control.values()), model.no_text_id]
         usable = [pad for pad in pads if pad not in (None, self.bos_id)]
         self.pad_id = required("padding", usable[0] if usable else None)
-        self._adds_space = model.decode(2 * model.encode("a")) == "a a"
+        self._adds_space = model.decode(2 * self.encode("a")) == "a a"
 
     def encode(self, text: str) -> list[int]:
         """Returns the token ids of a text, without BOS; the caller adds BOS where it belongs.
 
+        A text of more than 2^20 characters is divided, to bound memory: after a line break, else
+        before a space. The parts are tokenized separately, so tokens there may differ.
+
         Raises:
           UserError: `text` is not a str, or not Unicode.
         """
-        if not isinstance(text, str):
-            raise UserError(f"text={reprlib.repr(text)}: expected a str")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"text: character {error.start} is {text[error.start]!a}, which is not Unicode"
-            ) from None
-        return self._model.encode(text)
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
+        """Returns `encode` of each text. Other threads of Python run meanwhile."""
+        texts = list(texts)
+        for text in texts:
+            _check(text)
+        short = [text if len(text) <= _LONGEST else "" for text in texts]
+        found = self._model.encode(short)
+        for i, text in enumerate(texts):
+            if len(text) > _LONGEST:
+                first, *later = _divided(text)
+                found[i] = self.encode(first)
+                for part in later:
+                    found[i] += self.encode_in_text(part)
+        return found
 
     def encode_in_text(self, text: str) -> list[int]:
         """Returns the token ids that a text has after a line break.
@@ -153,9 +165,11 @@ class Tokenizer:
         Some vocabularies (Llama 2's) put a space before each text that is encoded alone; these ids
         are without it.
         """
+        if not self._adds_space:
+            return self.encode(text)
         line_break = self.encode("\n")
         ids = self.encode("\n" + text)
-        if not self._adds_space or ids[: len(line_break)] != line_break:
+        if ids[: len(line_break)] != line_break:
             return self.encode(text)
         return ids[len(line_break) :]
 
@@ -224,6 +238,31 @@ class Tokenizer:
         return self.decode_in_text(kept).rstrip("\ufffd")  # stands for part of a character
 
 
+def _check(text: str) -> None:
+    """Raises UserError unless a text is a str of Unicode."""
+    if not isinstance(text, str):
+        raise UserError(f"text={reprlib.repr(text)}: expected a str")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"text: character {error.start} is {text[error.start]!a}, which is not Unicode"
+        ) from None
+
+
+def _divided(text: str) -> Iterator[str]:
+    """Yields parts of a text, each shorter than _LONGEST: up to a line break, else to a space."""
+    start = 0
+    while len(text) - start >= _LONGEST:
+        end = start + _LONGEST - 1
+        after_line = text.rfind("\n", start, end) + 1
+        before_space = text.rfind(" ", start + 1, end)
+        cuts = [cut for cut in (after_line, before_space, end) if cut > start]
+        yield text[start : cuts[0]]
+        start = cuts[0]
+    yield text[start:]
+
+
 def _further_ends(file: Path) -> list[int]:
     """Returns the eos_token_id of a generation_config.json, as a list; [] without the file."""
     if not file.is_file():
@@ -242,7 +281,7 @@ def _read_sentencepiece(path: Path) -> _Model:
 
     size = model.vocab_size()
     return _Model(
-        encode=model.encode,
+        encode=lambda texts: [model.encode(text) for text in texts],
         decode=model.decode,
         spell=model.id_to_piece,
         vocab_size=size,
@@ -287,6 +326,8 @@ def _read_json(path: Path) -> _Model:
         model.add_special_tokens([token])  # or text could spell it, if the file does not mark it
         return found
 
+    # Python's other threads run during a batch, not during a single `encode`.
+    encode_batch = model.encode_batch_fast
     bos_id = token_id("bos_token")
     eos_id = token_id("eos_token")
     pad_id = token_id("pad_token")
@@ -295,7 +336,7 @@ def _read_json(path: Path) -> _Model:
     # Read after the calls of `token_id`, which add control tokens that the file does not mark.
     added = model.get_added_tokens_decoder()
     return _Model(
-        encode=lambda text: model.encode(text, add_special_tokens=False).ids,
+        encode=lambda texts: [each.ids for each in encode_batch(texts, add_special_tokens=False)],
         decode=lambda ids: model.decode(ids, skip_special_tokens=True),
         spell=lambda token: model.id_to_token(token) or "",
         vocab_size=max(model.get_vocab().values(), default=-1) + 1,

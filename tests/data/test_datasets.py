@@ -347,7 +347,7 @@ def test_a_bad_record_is_named(tmp_path, tokenizer_path):
     (tmp_path / "train.jsonl").write_text('{"text": "a cat"}\n{"text": "a \\u0000 cat"}\n')
     found = reader.open_source(f"hf:{tmp_path}:train:text")
     *_, bad = reader.texts(found)
-    fault = reader.tokens_of(found, bad, Tokenizer(tokenizer_path))[1]
+    ((_, fault),) = reader.tokens_of(found, [bad], Tokenizer(tokenizer_path))
     assert fault.startswith(f"hf:{tmp_path}:train:text, file 1: record 2: holds NUL")
 
 
@@ -427,5 +427,6 @@ def test_features_that_hold_no_questions(tmp_path, tokenizer_path):
             == f"config.data: source {f'{source}:{features}'!r}: {words}"
         )
     found = reader.open_source(f"{source}:q,answer")  # there is no ####
-    fault = reader.tokens_of(found, next(reader.texts(found)), Tokenizer(tokenizer_path))[1]
+    first = next(reader.texts(found))
+    ((_, fault),) = reader.tokens_of(found, [first], Tokenizer(tokenizer_path))
     assert fault.startswith(f"{source}:q,answer, file 1: record 1: 'steps' is '', expected text")

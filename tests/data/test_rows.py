@@ -169,7 +169,8 @@ def test_work_ahead_ends_with_its_user_and_hands_on_failures():
 def test_work_ahead_keeps_the_order(count):
     squares = [number**2 for number in range(20)]
     assert list(rows.map_in_threads(lambda x: x**2, range(20), threads=3, count=count)) == squares
-    assert list(rows.grouped(range(5), 2)) == [[0, 1], [2, 3], [4]]
+    assert list(rows.grouped([1, 1, 5, 1, 2, 1], 3, int)) == [[1, 1, 5], [1, 2], [1]]
+    assert not list(rows.grouped([], 3, int))
 
 
 def test_a_generator_that_is_open_when_python_ends_says_nothing():

@@ -1,6 +1,8 @@
 """Files of text: a digest of them; those on gs:// hold what local ones hold."""
 
 import os
+import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,12 +11,14 @@ import fsspec
 import pytest
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.spec import AbstractBufferedFile
 
 from latent_delib.data import text
 from latent_delib.errors import Outage, UserError
 from tests import fake_gcs
 
 ROOT = Path(__file__).resolve().parents[2]
+PATH = "gs://bucket/a folder/1"
 
 
 class Bucket(MemoryFileSystem):
@@ -57,6 +61,20 @@ def test_files_of_a_store_hold_what_local_files_hold(kind, bucket, tmp_path):
         list(there.contents(missing))
 
 
+def test_documents_equal_their_definition(tmp_path):
+    """Documents stand between lines that hold only a form feed, of which several count as one."""
+    separator = re.compile(rb"\n\f(?:\r?\n\f)*\r?\n")
+    path = tmp_path / "1"
+    path.touch()
+    source = text.open_source(f"files:{path}")
+    for seed in range(500):
+        parts = random.Random(seed).choices(["a", "b", "\n", "\n", "\r\n", "\f", "\n\f\n"], k=12)
+        content = "".join(parts).encode()
+        path.write_bytes(content)
+        expected = separator.split(b"\n" + content + b"\n")
+        assert list(source.contents(str(path))) == [each.strip(b"\r\n") for each in expected]
+
+
 def test_a_digest_is_the_same_however_a_path_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "1").write_text("one")
@@ -88,6 +106,31 @@ def test_a_store_without_its_client_names_the_extra(monkeypatch):
     monkeypatch.setattr(fsspec, "filesystem", fail)
     with pytest.raises(UserError, match="install gcsfs .*setup.sh seqio"):
         text.open_source("files:gs://bucket/*")
+
+
+def test_lines_of_a_store_are_fetched_once(bucket, tmp_path):
+    """A file of gcsfs would be fetched from each line on, a block at a time."""
+
+    class Fetched(AbstractBufferedFile):
+        count = 0
+
+        def _fetch_range(self, start, end):
+            Fetched.count += 1
+            return content[start:end]
+
+    content = b"".join(b"line %d\n" % number for number in range(20_000))
+    bucket("1", content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Bucket,
+            "open",
+            lambda self, path, mode: Fetched(
+                self, path, mode, 1 << 16, cache_type="readahead", size=len(content)
+            ),
+        )
+        found = list(text.open_source("lines:gs://bucket/a folder/*").contents(PATH))
+    assert found == content.splitlines()
+    assert Fetched.count <= 4
 
 
 CHILD = """

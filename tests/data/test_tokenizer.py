@@ -17,6 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from latent_delib.data import batches
 from latent_delib.data import text as reader
+from latent_delib.data import tokenizer as tokenizer_module
 from latent_delib.data.rows import BadRecords
 from latent_delib.data.tokenizer import Tokenizer, files, fingerprint
 from latent_delib.errors import UserError
@@ -197,6 +198,44 @@ def test_what_is_not_text_leaves_no_trace(every, kind):
 def test_what_is_no_token_is_refused(every, kind, ids, words):
     with pytest.raises(UserError, match=words):
         every[kind].decode(ids)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_gives_what_each_text_gives_alone(every, kind):
+    assert every[kind].encode_batch(TEXTS) == list(map(every[kind].encode, TEXTS))
+    assert every[kind].encode_batch([]) == []
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "with a space"])
+def test_a_very_long_text_is_divided(every, kind, sentencepiece_path, tmp_path, monkeypatch):
+    """It is read back as it was; only tokens at the edges of its parts may differ."""
+    if kind == "with a space":
+        metadata = sentencepiece_keys(sentencepiece_path) | keys(add_space_prefix=True)
+        tokenizer = from_gguf(metadata, tmp_path)
+    else:
+        tokenizer = every[kind]
+    text = "\n".join(TEXTS) * 3 + "word " * 99 + "x" * 300
+    whole = tokenizer.encode(text)
+    monkeypatch.setattr(tokenizer_module, "_LONGEST", 100)
+    parts = list(tokenizer_module._divided(text))
+    assert "".join(parts) == text and max(map(len, parts)) < 100 and min(map(len, parts)) > 0
+    short, long = tokenizer.encode_batch(["short", text])
+    assert short == tokenizer.encode("short")
+    assert tokenizer.decode(long) == text
+    assert abs(len(long) - len(whole)) <= 2 * len(parts)
+
+
+def test_a_text_without_an_edge_is_divided_anywhere(monkeypatch):
+    monkeypatch.setattr(tokenizer_module, "_LONGEST", 4)
+    cases = {
+        "": [""],
+        "abc": ["abc"],
+        "abcdefg": ["abc", "def", "g"],
+        "a\nb c d": ["a\n", "b", " c", " d"],
+        "   x\n\n": ["  ", " x\n", "\n"],
+    }
+    for text, expected in cases.items():
+        assert list(tokenizer_module._divided(text)) == expected
 
 
 @pytest.mark.parametrize("text", [None, b"abc", 3])
