@@ -24,5 +24,5 @@ if __name__ == "__main__":
         main,
         __doc__,
         config=(CONFIG, "a config file, or the name of one in configs/"),
-        out=(REQUIRED, "directory or gs:// path to write, made whole or not at all"),
+        out=(REQUIRED, "directory or gs:// path to write, or to finish"),
     )

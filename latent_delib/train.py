@@ -136,6 +136,7 @@ def run(exp: Experiment, workdir: str, stop: Stop) -> int:
     plan = planning.make(exp)
     say(planning.summary(exp, plan))
     text = batches.Training(exp.config.data, exp.tokenizer)
+    say("\n".join(text.amounts(t.steps * t.batch_size)))
     record = record_with_data(exp, text)
     checkpoints = Checkpoints(workdir, t.keep, t.keep_every, t.keep_best)
 

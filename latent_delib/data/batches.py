@@ -70,6 +70,22 @@ class Training:
         tokenizer = fingerprint_of_tokenizer(self.tokenizer.path)
         return {"tokenizer": tokenizer} | self.text.fingerprint()
 
+    def amounts(self, rows: int) -> list[str]:
+        """Returns a line for each source: its share of a job's rows, and how often that reads it.
+
+        Only token files tell how many rows a source has.
+
+        Args:
+          rows: how many rows the job trains on in all.
+        """
+        data = self.text.data
+        lines = []
+        for source, weight, stored in zip(data.sources, data.weights, self.text.num_rows):
+            share = weight / sum(data.weights)
+            epochs = f", {share * rows / stored:.2g} epochs of {stored:,} rows" if stored else ""
+            lines.append(f"text {source}: {100 * share:.3g} % of all rows{epochs}")
+        return lines
+
     def batches(
         self, *, batch_size: int, seed: int, rows: np.ndarray | None = None, start_step: int = 0
     ) -> Iterator[dict[str, np.ndarray]]:

@@ -73,17 +73,17 @@ def shares(weights: Iterable[float]) -> np.ndarray:
     Shares are rounded by the method of largest remainders.
 
     Raises:
-      UserError: a source would have no row.
+      UserError: a source has less than one row of a block.
     """
     weights = [float(weight) for weight in weights]
     exact = np.array(weights) / sum(weights) * BLOCK
     share = np.floor(exact).astype(int)
     largest_first = np.argsort(share - exact, kind="stable")
     share[largest_first[: BLOCK - share.sum()]] += 1
-    if not share.all():
+    if exact.min() < 1:
         raise UserError(
             f"config.data.weights={tuple(weights)}: expected each to be at least 1/{BLOCK} of the "
-            f"sum; of {BLOCK} rows the sources would get {share.tolist()}"
+            f"sum, found {min(weights) / sum(weights):.2g} of it"
         )
     return share
 

@@ -209,10 +209,15 @@ def source_of(given: str) -> str:
 
 
 def local_files(pattern: str) -> list[str]:
-    """Finds local files and folders: the one of this name, else all that the pattern matches."""
+    """Finds local files and folders: the one of this name, else all that the pattern matches.
+
+    As in a shell, a pattern finds no names that begin with a dot, unless it begins with one too. A
+    file that several paths lead to, by symbolic links, is found once.
+    """
     if os.path.exists(pattern):
         return [pattern]
-    return glob.glob(pattern, recursive=True, include_hidden=True)
+    last_first = sorted(glob.glob(pattern, recursive=True), reverse=True)
+    return list({os.path.realpath(path): path for path in last_first}.values())
 
 
 def only_files(source: str, found: Iterable[str]) -> list[str]:

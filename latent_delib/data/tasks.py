@@ -106,6 +106,7 @@ class Training:
         self.data = data
         self.tokenizer = tokenizer
         self.readers = list(map(text.open_source, data.sources))
+        self.num_rows = [0] * len(self.readers)  # not known
 
     def fingerprint(self) -> dict[str, str]:
         """Returns the order's version, a digest of each source, and how questions are packed."""

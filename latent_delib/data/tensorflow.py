@@ -23,6 +23,8 @@ def quiet() -> Iterator[None]:
 
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# TensorFlow fetches a whole block for each small read; its own default is 64.
+os.environ.setdefault("GCS_READ_CACHE_BLOCK_SIZE_MB", "1")
 with quiet():
     import tensorflow as tf
 

@@ -3,11 +3,11 @@
     OUT/train/<i>/tokens         [rows, seq_len], the packed rows of source i
     OUT/validation/<i>/tokens    [N], the documents of source i one after the other, without BOS
     OUT/validation/<i>/offsets   int64 [documents + 1], where each document begins, and the end
-    OUT/validation/<i>/work      int64 [documents], the work that each document is a part of: an
-                                 index into "works" of source i in meta.json; -1 for a document that
-                                 is a work of its own
+    OUT/validation/<i>/work      int64 [documents], each document's work: an index into "works" of
+                                 source i in meta.json; -1 where a document is a work of its own
     OUT/meta.json                written last: without it OUT is unfinished; holds a digest of each
                                  source's tokens
+    OUT/unfinished.json          until then: what meta.json will hold, as far as it is known
 
 The arrays are zarr3, on a local disk or gs://. Tokens are uint16 where the vocabulary fits, else
 int32. Rows are stored in small uncompressed chunks of large files, so that reading any row takes a
@@ -32,6 +32,7 @@ from latent_delib.data.tokenizer import Tokenizer, fingerprint
 from latent_delib.errors import UserError, reason, store_error
 
 FORMAT = 3
+UNFINISHED = "unfinished.json"
 KEYS = {"format", "seq_len", "tokenizer_sha256", "train", "validation"}  # in every meta.json
 AGAIN = "copy the token files again, or prepare them again"
 _FILE = 1 << 22  # numbers in a file, such as tokens
@@ -162,32 +163,34 @@ def _write_array(
     return length
 
 
-def read_meta(directory: str) -> dict | None:
-    """Returns the content of meta.json; None where there is none.
+def read_meta(directory: str, name: str = "meta.json") -> dict | None:
+    """Returns the content of meta.json, or of unfinished.json; None where there is none.
 
     Raises:
       UserError: the file is damaged, or another program wrote it.
     """
-    found = _done(_folder(directory).read("meta.json"), directory)
+    found = _done(_folder(directory).read(name), directory)
     if found.state != "value":
         return None
     try:
         meta = json.loads(found.value)
     except ValueError:
         raise UserError(
-            f"{directory}/meta.json: damaged, expected JSON; prepare the token files again"
+            f"{directory}/{name}: damaged, expected JSON; prepare the token files again"
         ) from None
     if not isinstance(meta, dict) or not KEYS <= meta.keys():
         raise UserError(
-            f"{directory}/meta.json: not of token files; name a folder that prepare has written"
+            f"{directory}/{name}: not of token files; name a folder that prepare has written"
         )
     return meta
 
 
-def write_meta(directory: str, meta: dict) -> None:
-    """Writes meta.json, which marks `directory` as finished."""
+def write_meta(directory: str, meta: dict, name: str = "meta.json") -> None:
+    """Writes meta.json, which marks `directory` as finished, or unfinished.json."""
     text = json.dumps(meta, indent=2).encode()
-    _done(_folder(directory).write("meta.json", text), directory)
+    _done(_folder(directory).write(name, text), directory)
+    if name != UNFINISHED:
+        _done(_folder(directory).write(UNFINISHED, None), directory)  # removes it
 
 
 # Writing the sources.
@@ -331,12 +334,10 @@ class Training:
     def __init__(self, data: Any, tokenizer: Tokenizer):
         self.data = data
         self.meta, self.stored = _open(data, "train", data.sources, tokenizer)
+        self.num_rows = [source.entry["rows"] for source in self.stored]
 
     def fingerprint(self) -> dict[str, str]:
-        """Returns the version of the row order, and digests of meta.json and its entry per source.
-
-        It reads no other file.
-        """
+        """Returns the version of the row order, digests of meta.json and of each source in it."""
         found = {"order": VERSION, "token_files/meta.json": _digest(self.meta)}
         for i, source in enumerate(self.stored):
             found[f"sources[{i}] (token_files/{source.name})"] = _digest(source.entry)
@@ -347,8 +348,9 @@ class Training:
     ) -> Iterator[dict[str, np.ndarray]]:
         """Returns batches without end, as `batches.Training` does."""
         data, meta, stored = self.data, self.meta, self.stored
-        arrays = [_open_array(f"{s.path}/tokens", (s.entry["rows"], data.seq_len)) for s in stored]
-        order = Order(seed, shares(data.weights), [s.entry["rows"] for s in stored])
+        shapes = [(rows_of_source, data.seq_len) for rows_of_source in self.num_rows]
+        arrays = [_open_array(f"{s.path}/tokens", shape) for s, shape in zip(stored, shapes)]
+        order = Order(seed, shares(data.weights), self.num_rows)
         bad = BadRecords(data.max_bad_records)
 
         def batch(step: int) -> dict[str, np.ndarray]:

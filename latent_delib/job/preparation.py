@@ -1,18 +1,18 @@
 """Turns the texts of a config into token files. Needs no JAX, so that it starts fast.
 
 It reads each source of `config.data.sources` and `config.data.validation` once, with the reader
-that training from text uses too.
+that training from text uses too. After an interruption it goes on with the first source that is
+not whole.
 """
 
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from latent_delib.data import text, token_files
-from latent_delib.data.rows import BadRecords, Document
+from latent_delib.data.rows import BadRecords
 from latent_delib.data.sources import Files, check_files, has_questions, is_on_hub, parse
 from latent_delib.data.text_files import TextFiles
 from latent_delib.data.tokenizer import Tokenizer, fingerprint
@@ -35,10 +35,11 @@ def prepare(config: Any, out: str) -> dict:
 
     Args:
       config: the config of a training job.
-      out: a local directory or gs:// path, made whole or not at all.
+      out: a local directory or gs:// path. Unfinished token files of the same config are finished.
 
     Raises:
-      UserError: too many bad documents, sources that are missing or empty, or other files in `out`.
+      UserError: too many bad documents, sources that are missing, empty or changed while they were
+        read, other files in `out`, or another job that writes there.
     """
     data = config.data
     out = out.rstrip("/")
@@ -58,33 +59,59 @@ def prepare(config: Any, out: str) -> dict:
     readers = {source: text.open_source(source) for source in wanted}
     meta = _describe(data, tokenizer, readers)
     if found:
-        difference = _difference(found, meta)
+        difference = _difference(found, meta) or _text_difference(found, meta)
         if difference:
             raise UserError(f"{out} holds other token files: {difference}; {OTHER_FOLDER}")
         print(f"{out} is already prepared from this config")
         return found
-    if os.path.isfile(out) or (os.path.isdir(out) and os.listdir(out)):
-        raise UserError(f"{out}: exists, but holds no finished token files; {OTHER_FOLDER}")
     bad = BadRecords(data.max_bad_records)
     text.check_texts(readers.values(), tokenizer, bad)
-
-    # A store renames nothing, so only meta.json marks a folder on it as finished.
-    whole = contextlib.nullcontext(out) if "://" in out else files.atomic_folder(Path(out))
-    with whole as directory:
+    # One job at a time; on a store nothing can be locked.
+    with contextlib.nullcontext() if "://" in out else files.locked(out, out):
+        _take_over(out, meta)
+        token_files.write_meta(out, meta, token_files.UNFINISHED)
         for split in SPLITS:
             for number, entry in enumerate(meta[split]):
+                if _is_whole(entry):
+                    continue
                 reader = readers[entry["source"]]
-                skipped_before = bad.met.total()
-                progress = Progress(f"{reader.source}: prepared", reader.num_bytes(), "bytes")
-                documents = text.documents(reader, tokenizer, bad)
-                documents = progress.over(documents, lambda document: document.num_bytes)
-                entry |= _write_source(str(directory), split, number, documents, meta)
-                entry["skipped"] = bad.met.total() - skipped_before
-        token_files.write_meta(str(directory), meta)
+                _write_source(out, split, number, reader, tokenizer, bad, meta)
+                token_files.write_meta(out, meta, token_files.UNFINISHED)
+        token_files.write_meta(out, meta)
     for entry in [*meta["train"], *meta["validation"]]:
         counts = [f"{entry[key]:,} {key}" for key in COUNTS if key in entry]
         print(f"{entry['source']}: {', '.join(counts)}")
     return meta
+
+
+def _take_over(out: str, meta: dict) -> None:
+    """Puts the counts of sources that are whole in unfinished token files into `meta`.
+
+    Raises:
+      UserError: `out` holds other files, or sources that were prepared from another config.
+    """
+    found = token_files.read_meta(out, token_files.UNFINISHED)
+    if found is None:
+        if "://" not in out and set(os.listdir(out)) - {files.LOCK}:
+            raise UserError(f"{out}: exists, but holds no token files; {OTHER_FOLDER}")
+        return
+    whole = [entry["source"] for split in SPLITS for entry in found[split] if _is_whole(entry)]
+    difference = _difference(found, meta)
+    if whole and difference:
+        raise UserError(
+            f"{out} holds unfinished token files of another config, with {len(whole)} sources that "
+            f"are whole: {difference}; delete the folder, or {OTHER_FOLDER}"
+        )
+    for split in SPLITS:
+        for there, entry in zip(found[split], meta[split]):
+            if _is_whole(there) and there["text"] == entry["text"]:
+                entry |= there
+                print(f"{entry['source']}: was prepared before the interruption")
+
+
+def _is_whole(entry: dict) -> bool:
+    """Tells whether all tokens of a source are written."""
+    return "sha256" in entry
 
 
 def tokenizer_of(config: Any) -> Path:
@@ -127,7 +154,10 @@ def _describe(data: Any, tokenizer: Tokenizer, readers: dict[str, text.Reader]) 
 
 
 def _difference(found: dict, meta: dict) -> str | None:
-    """Returns the first difference between finished token files and those that would be written."""
+    """Returns the first difference between token files and those that would be written.
+
+    The text itself is not compared.
+    """
     for key in meta:
         there, here = found.get(key), meta[key]
         if key in SPLITS:
@@ -135,6 +165,11 @@ def _difference(found: dict, meta: dict) -> str | None:
             here = [entry["source"] for entry in here]
         if there != here:
             return f"{key} is {there} there and {here} here"
+    return None
+
+
+def _text_difference(found: dict, meta: dict) -> str | None:
+    """Returns the first source whose text is packed in another way, or has changed."""
     for split in SPLITS:
         for there, here in zip(found[split], meta[split]):
             known = "text" in there and "text" in here  # older token files do not say
@@ -146,15 +181,35 @@ def _difference(found: dict, meta: dict) -> str | None:
 
 
 def _write_source(
-    directory: str, split: str, number: int, documents: Iterator[Document], meta: dict
-) -> dict:
-    """Writes one source; returns its counts."""
+    out: str,
+    split: str,
+    number: int,
+    reader: text.Reader,
+    tokenizer: Tokenizer,
+    bad: BadRecords,
+    meta: dict,
+) -> None:
+    """Writes one source; puts its counts into its entry of `meta`.
+
+    Raises:
+      UserError: a document is bad, or files of the source changed while they were read.
+    """
+    entry = meta[split][number]
+    skipped_before = bad.met.total()
+    progress = Progress(f"{reader.source}: prepared", reader.num_bytes(), "bytes")
+    documents = text.documents(reader, tokenizer, bad)
+    documents = progress.over(documents, lambda document: document.num_bytes)
     if split == "train":
         tokens = (document.tokens for document in documents)
-        whole = meta[split][number]["whole"]
-        return token_files.write_train(directory, number, tokens, meta, whole)
-    named = ((document.work, document.tokens) for document in documents)
-    return token_files.write_validation(directory, number, named, meta)
+        counts = token_files.write_train(out, number, tokens, meta, entry["whole"])
+    else:
+        named = ((document.work, document.tokens) for document in documents)
+        counts = token_files.write_validation(out, number, named, meta)
+    if reader.fingerprint() != entry["text"]:
+        raise UserError(
+            f"config.data: source {reader.source!r} changed while it was read; run prepare again"
+        )
+    entry |= counts | {"skipped": bad.met.total() - skipped_before}
 
 
 def shared_text(source: str, other: str) -> set[str]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import glob
 import json
 import os
@@ -24,6 +25,7 @@ from latent_delib.errors import Outage, UserError, reason, store_errors
 # Without TensorFlow epath reads gs:// through gcsfs, which would list each folder only once.
 fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
 
+LOCK = ".lock"  # a file in a folder that one job at a time may use
 NOT_A_FOLDER = "is a file, expected a folder"
 HOST = re.sub(r"\W", "_", socket.gethostname())
 
@@ -129,6 +131,39 @@ def _replace(folder: Path, partial: Path) -> None:
             if not folder.exists():
                 before.rename(folder)
             raise
+
+
+@contextlib.contextmanager
+def locked(folder: str, named: str) -> Iterator[None]:
+    """Holds a local folder, which is made if need be, for one job; a lock ends with its process.
+
+    Args:
+      folder: the folder.
+      named: its name in errors, such as "--workdir=FOLDER".
+
+    Raises:
+      UserError: another job holds the folder; or it cannot be written or locked.
+    """
+    try:
+        make_folder(Path(folder))
+        lock = open(Path(folder) / LOCK, "a+")
+    except (UserError, OSError) as error:
+        raise UserError(f"{named}: cannot be written ({reason(error)})") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            process = lock.read().strip()
+            raise UserError(f"{named}: in use by another job (process {process})") from None
+        except OSError as error:  # as on NFS without lockd
+            raise UserError(
+                f"{named}: cannot be locked ({reason(error)}); name a folder on another disk"
+            ) from None
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        yield
 
 
 def make_folder(path: Path) -> None:

@@ -105,8 +105,8 @@ def test_epochs_of_each_source():
 def test_shares_by_largest_remainders():
     assert order.shares([1, 1, 1]).tolist() == [342, 341, 341]
     assert order.shares([0.7, 0.2, 0.1]).tolist() == [717, 205, 102]
-    with pytest.raises(
-        UserError,
-        match=r"weights=\(1000\.0, 0\.1\).*1/1024",
-    ):
-        order.shares([1000.0, 0.1])
+    for weight, found in ((0.1, "0.0001"), (0.9, "0.0009")):  # the second would round to 1/1024
+        with pytest.raises(
+            UserError, match=rf"weights=\(1000\.0, {weight}\).*1/1024.*, found {found} of it"
+        ):
+            order.shares([1000.0, weight])

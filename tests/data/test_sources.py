@@ -1,5 +1,6 @@
 """Source strings: what each form means, and what is refused before anything else is done."""
 
+import os
 import sys
 
 import pytest
@@ -109,7 +110,7 @@ def folder(tmp_path):
         ("a[1].txt", ["a[1].txt"]),  # the file of that name, though [1] is a glob for 1
         ("a[12].txt", ["a1.txt"]),
         ("a*", ["a1.txt", "a[1].txt"]),
-        ("*", [".hidden", "a1.txt", "a[1].txt"]),
+        ("*", ["a1.txt", "a[1].txt"]),
         ("**/a1.txt", ["a1.txt"]),
         ("**/**/*.md", ["folder/b/b.md"]),
     ],
@@ -186,3 +187,18 @@ def test_a_command_checks_the_text_that_it_reads(command, field, monkeypatch):
     monkeypatch.setattr(batches, "check", check)
     with pytest.raises(Checked, match=f"^{field}$"):
         COMMANDS[command](config_of())
+
+
+def test_a_pattern_finds_no_hidden_file_and_no_file_twice(tmp_path):
+    for name in ("a.txt", ".a.txt", "b/c.txt", "b/.hidden/d.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "loop").symlink_to(tmp_path)
+
+    def found(pattern):
+        return sorted(os.path.relpath(path, tmp_path) for path in sources.local_files(str(pattern)))
+
+    assert found(tmp_path / "**" / "*.txt") == ["a.txt", "b/c.txt"]
+    assert found(tmp_path / ".*.txt") == [".a.txt"]
+    assert found(tmp_path / ".a.txt") == [".a.txt"]
+    assert found(tmp_path / "b" / ".hidden" / "*.txt") == ["b/.hidden/d.txt"]

@@ -17,7 +17,7 @@ from latent_delib.data import batches, rows, token_files
 from latent_delib.data import text as reader
 from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.errors import UserError
-from latent_delib.machine import progress
+from latent_delib.machine import files, progress
 from latent_delib.weights.locate import PACKAGED
 from tests.texts import WORDS, config_data, config_to_prepare, equal
 
@@ -424,16 +424,85 @@ def test_prepare_overwrites_nothing(tokenizer, tmp_path, capsys):
         prepare(data, tokenizer, out)
     assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*")}
     (out / "meta.json").unlink()
-    with pytest.raises(UserError, match="no finished token files"):
+    with pytest.raises(UserError, match="exists, but holds no token files"):
         prepare(data, tokenizer, out)
 
 
-def test_a_failed_prepare_leaves_nothing(tokenizer, tmp_path):
-    write_files(tmp_path / "a", files=1, documents_each=3)
-    (tmp_path / "a" / "99.txt").write_bytes(b"bad \xff")
+def contents(folder):
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != files.LOCK]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def test_an_interrupted_prepare_goes_on_after_the_last_whole_source(tokenizer, tmp_path, capsys):
+    for name in "abcd":
+        write_files(tmp_path / name, files=2, documents_each=3, start=ord(name))
+    sources = [f"files:{tmp_path}/{name}/*" for name in "abcd"]
+    data = config_data(sources[:3], (1.0, 1.0, 1.0), validation=sources[3:])
+    prepare(data, tokenizer, tmp_path / "straight")
+
+    out, bad_file = tmp_path / "out", tmp_path / "c" / "99.txt"
+    bad_file.write_bytes(b"bad \xff")
     with pytest.raises(UserError, match="99.txt: document 1: not UTF-8"):
-        prepare(config_data((f"files:{tmp_path}/a/*",)), tokenizer, tmp_path / "out")
-    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+        prepare(data, tokenizer, out)
+    assert token_files.read_meta(str(out)) is None
+    before = contents(out)
+    bad_file.unlink()
+    (tmp_path / "b" / "late.txt").write_text("one more cat")
+
+    other = config_data(sources[:2], (1.0, 1.0), validation=sources[3:])
+    with pytest.raises(UserError, match="unfinished .* 2 sources that are whole: train is "):
+        prepare(other, tokenizer, out)
+    assert contents(out) == before
+
+    written = out / "train" / "0" / "tokens" / "zarr.json"
+    when = written.stat().st_mtime_ns
+    capsys.readouterr()
+    prepare(data, tokenizer, out)
+    printed = capsys.readouterr().out
+    assert f"{sources[0]}: was prepared before" in printed
+    assert f"{sources[1]}: was prepared before" not in printed  # its text has changed
+    assert written.stat().st_mtime_ns == when
+    prepare(data, tokenizer, tmp_path / "new")
+    assert contents(out) == contents(tmp_path / "new") != contents(tmp_path / "straight")
+
+
+def test_a_prepare_that_finished_nothing_binds_nobody(tokenizer, tmp_path):
+    """After a wrong text, the right one is prepared in the same folder."""
+    write_files(tmp_path / "a", files=1, documents_each=3)
+    write_files(tmp_path / "b", files=1, documents_each=3)
+    (tmp_path / "a" / "99.txt").write_bytes(b"bad \xff")
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="not UTF-8"):
+        prepare(config_data((f"files:{tmp_path}/a/*",)), tokenizer, out)
+    meta = prepare(config_data((f"files:{tmp_path}/b/*",)), tokenizer, out)
+    assert token_files.read_meta(str(out)) == meta
+    assert not (out / token_files.UNFINISHED).exists()
+
+
+def test_text_that_changes_while_it_is_prepared_is_refused(tokenizer, tmp_path, monkeypatch):
+    write_files(tmp_path / "a", files=2, documents_each=3)
+    data, out = config_data((f"files:{tmp_path}/a/*",)), tmp_path / "out"
+    write_train = token_files.write_train
+
+    def write_while_the_text_grows(*args):
+        counts = write_train(*args)
+        with (tmp_path / "a" / "00.txt").open("a") as file:
+            file.write(" and a half-written w")
+        return counts
+
+    with monkeypatch.context() as patch:
+        patch.setattr(token_files, "write_train", write_while_the_text_grows)
+        with pytest.raises(UserError, match="changed while it was read; run prepare again"):
+            prepare(data, tokenizer, out)
+    prepare(data, tokenizer, out)
+
+
+def test_two_jobs_do_not_write_the_same_token_files(tokenizer, tmp_path):
+    write_files(tmp_path / "a", files=1, documents_each=3)
+    out = tmp_path / "out"
+    with files.locked(str(out), "it"), pytest.raises(UserError, match="out: in use by another job"):
+        prepare(config_data((f"files:{tmp_path}/a/*",)), tokenizer, out)
+    assert [path.name for path in out.iterdir()] == [files.LOCK]
 
 
 def test_packaged_text():

@@ -109,6 +109,15 @@ def test_a_job_reads_meta_json_once_and_by_one_name(prepared, monkeypatch):
     assert found[0] == found[1] and asked == [prepared.directory] * 2
 
 
+def test_what_a_job_reads_is_told(prepared):
+    rows = [entry["rows"] for entry in prepared.meta["train"][:2]]
+    text = Training(prepared.data(), prepared.tokenizer)
+    assert text.amounts(4 * 8 * rows[0]) == [
+        f"text lines:a: 75 % of all rows, 24 epochs of {rows[0]:,} rows",
+        f"text lines:b: 25 % of all rows, {8 * rows[0] / rows[1]:.2g} epochs of {rows[1]:,} rows",
+    ]
+
+
 def counts(rows):
     return collections.Counter(map(tuple, rows.tolist()))
 
