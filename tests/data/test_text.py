@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -464,6 +465,33 @@ def test_an_interrupted_prepare_goes_on_after_the_last_whole_source(tokenizer, t
     assert written.stat().st_mtime_ns == when
     prepare(data, tokenizer, tmp_path / "new")
     assert contents(out) == contents(tmp_path / "new") != contents(tmp_path / "straight")
+
+
+def test_a_killed_prepare_goes_on(tokenizer, tmp_path):
+    write_files(tmp_path / "short", files=1, documents_each=3)
+    write_files(tmp_path / "long", files=4, documents_each=9000)
+    out = tmp_path / "out"
+    sources = (f"files:{tmp_path}/short/*", f"files:{tmp_path}/long/*")
+    command = [sys.executable, "-m", "latent_delib.prepare", "--config=quickstart", f"--out={out}"]
+    command += [f"--config.data.sources={sources}", "--config.data.weights=(1.0, 1.0)"]
+    command += [f"--config.data.validation={sources[:1]}"]
+    command += [f"--config.decoder.tokenizer={tokenizer}"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    unfinished = out / token_files.UNFINISHED
+    whole = '"sha256"'
+    while not (unfinished.exists() and whole in unfinished.read_text().partition("long")[0]):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (out / "meta.json").exists()
+
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert f"{sources[0]}: was prepared before" in again.stdout
+    assert f"{sources[1]}: was prepared before" not in again.stdout
+    command[4] = f"--out={tmp_path}/straight"
+    subprocess.run(command, capture_output=True, check=True)
+    assert contents(out) == contents(tmp_path / "straight")
 
 
 def test_a_prepare_that_finished_nothing_binds_nobody(tokenizer, tmp_path):
