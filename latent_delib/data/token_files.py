@@ -9,158 +9,27 @@
                                  source's tokens
     OUT/unfinished.json          until then: what meta.json will hold, as far as it is known
 
-The arrays are zarr3, on a local disk or gs://. Tokens are uint16 where the vocabulary fits, else
-int32. Rows are stored in small uncompressed chunks of large files, so that reading any row takes a
-few kilobytes. Each chunk has a checksum.
+Tokens are uint16 where the vocabulary fits, else int32. arrays.py says how arrays are stored.
 """
 
-import contextlib
 import hashlib
 import itertools
 import json
-import math
-import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-import tensorstore as ts
 
+from latent_delib.data import arrays
 from latent_delib.data.order import VERSION, Order, shares
-from latent_delib.data.rows import BadRecords, Document, map_in_threads, packed, segments
+from latent_delib.data.rows import BadRecords, Document, grouped, map_in_threads, packed, segments
 from latent_delib.data.tokenizer import Tokenizer, fingerprint
 from latent_delib.errors import UserError, reason, store_error
 
 FORMAT = 3
+_TOGETHER = 1 << 16  # tokens of held-out text that are read at once
 UNFINISHED = "unfinished.json"
 KEYS = {"format", "seq_len", "tokenizer_sha256", "train", "validation"}  # in every meta.json
-AGAIN = "copy the token files again, or prepare them again"
-_FILE = 1 << 22  # numbers in a file, such as tokens
-_CODECS = [{"name": "bytes"}, {"name": "crc32c"}]  # of a chunk
-_DAMAGED = ("DATA_LOSS", "FAILED_PRECONDITION")  # tensorstore's: a wrong checksum, a cut-off file
-_CACHE = ts.Context({"cache_pool": {"total_bytes_limit": 1 << 28}})
-
-
-# Arrays and meta.json, through tensorstore.
-
-
-def _store(path: str) -> Any:
-    """Returns tensorstore's name for a directory: a URL as it is, or a local path."""
-    if "://" in path:
-        return f"{path}/"
-    return {"driver": "file", "path": f"{os.path.abspath(path)}/"}
-
-
-@contextlib.contextmanager
-def _store_errors(path: str) -> Iterator[None]:
-    """Turns tensorstore's errors into OSError where a store or disk fails, else into UserError."""
-    try:
-        yield
-    except ValueError as error:
-        raise store_error(error, path) or UserError(f"{path}: {reason(error)}") from None
-
-
-def _done(future: Any, path: str) -> Any:
-    """Waits for tensorstore; returns the result."""
-    with _store_errors(path):
-        return future.result()
-
-
-def _folder(directory: str) -> ts.KvStore:
-    with _store_errors(directory):  # a URL of no known kind is refused at once
-        return ts.KvStore.open(_store(directory)).result()
-
-
-def _open_array(path: str, shape: tuple[int, ...]) -> ts.TensorStore:
-    """Opens an array to read. Raises UserError unless it has `shape`, which meta.json gives."""
-    spec = {"driver": "zarr3", "kvstore": _store(path), "fill_missing_data_reads": False}
-    opening = ts.open(spec, open=True, read=True, context=_CACHE, recheck_cached_data=False)
-    array = _done(opening, path)
-    if array.shape != shape:
-        raise UserError(
-            f"{path}: an array of shape {list(array.shape)}, meta.json says {list(shape)}; {AGAIN}"
-        )
-    return array
-
-
-def _tokens(future: Any, where: str, vocab_size: int, bad: BadRecords) -> np.ndarray | None:
-    """Returns the tokens that tensorstore reads, int32; None for bad tokens, which it counts.
-
-    Tokens are bad if they are damaged or hold an id outside the vocabulary.
-
-    Raises:
-      OSError: the store fails.
-      UserError: the file is gone.
-    """
-    try:
-        tokens = future.result().astype(np.int32)
-    except ValueError as error:
-        failed = store_error(error, where)
-        if failed:
-            raise failed from None
-        if not str(error).startswith(_DAMAGED):
-            raise UserError(f"{where}: cannot be read: {reason(error)}; {AGAIN}") from None
-        bad(f"{where}: damaged: {reason(error)}")
-        return None
-    outside = tokens[(tokens < 0) | (tokens >= vocab_size)]
-    if len(outside):
-        bad(f"{where}: token {outside[0]}, expected one of 0 to {vocab_size - 1}")
-        return None
-    return tokens
-
-
-def _blocks(parts: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """Regroups arrays along their first axis into blocks of `size`, the last one smaller."""
-    held: list[np.ndarray] = []
-    missing = size
-    for part in parts:
-        while len(part) >= missing:
-            yield np.concatenate([*held, part[:missing]])
-            held, part, missing = [], part[missing:], size
-        held.append(part)
-        missing -= len(part)
-    if missing < size:
-        yield np.concatenate(held)
-
-
-def _write_array(
-    path: str,
-    parts: Iterable[np.ndarray],
-    dtype: str,
-    chunk: int,
-    digest: Any,
-    width: tuple[int, ...] = (),
-) -> int:
-    """Writes arrays [n, *width] one after the other as one array; returns its length.
-
-    Args:
-      chunk: how many numbers are read together.
-      digest: a hash object, which is updated with everything that is stored.
-    """
-    chunk_rows = max(1, chunk // math.prod(width))
-    file_rows = max(1, _FILE // math.prod(width) // chunk_rows) * chunk_rows
-    codec = {"chunk_shape": [chunk_rows, *width], "codecs": _CODECS}
-    metadata = {
-        "shape": [1 << 48, *width],  # cut down to the true length at the end
-        "data_type": dtype,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [file_rows, *width]}},
-        "codecs": [{"name": "sharding_indexed", "configuration": codec}],
-    }
-    spec = {
-        "driver": "zarr3",
-        "kvstore": _store(path),
-        "metadata": metadata,
-        "store_data_equal_to_fill_value": True,
-    }
-    array = _done(ts.open(spec, create=True, delete_existing=True), path)
-    length = 0
-    for block in _blocks(parts, file_rows):
-        block = block.astype(dtype)
-        digest.update(block)
-        _done(array[length : length + len(block)].write(block), path)
-        length += len(block)
-    _done(array.resize(exclusive_max=[length, *width], resize_metadata_only=True), path)
-    return length
 
 
 def read_meta(directory: str, name: str = "meta.json") -> dict | None:
@@ -169,7 +38,7 @@ def read_meta(directory: str, name: str = "meta.json") -> dict | None:
     Raises:
       UserError: the file is damaged, or another program wrote it.
     """
-    found = _done(_folder(directory).read(name), directory)
+    found = arrays.result(arrays.folder(directory).read(name), directory)
     if found.state != "value":
         return None
     try:
@@ -188,9 +57,9 @@ def read_meta(directory: str, name: str = "meta.json") -> dict | None:
 def write_meta(directory: str, meta: dict, name: str = "meta.json") -> None:
     """Writes meta.json, which marks `directory` as finished, or unfinished.json."""
     text = json.dumps(meta, indent=2).encode()
-    _done(_folder(directory).write(name, text), directory)
+    arrays.result(arrays.folder(directory).write(name, text), directory)
     if name != UNFINISHED:
-        _done(_folder(directory).write(UNFINISHED, None), directory)  # removes it
+        arrays.result(arrays.folder(directory).write(UNFINISHED, None), directory)  # removes it
 
 
 # Writing the sources.
@@ -226,7 +95,7 @@ def write_train(
     )
     digest = hashlib.sha256()
     path = f"{directory}/train/{number}/tokens"
-    length = _write_array(path, rows, meta["dtype"], 1 << 12, digest, (meta["seq_len"],))
+    length = arrays.write_array(path, rows, meta["dtype"], 1 << 12, digest, (meta["seq_len"],))
     return {**count, "rows": length, "sha256": digest.hexdigest()}
 
 
@@ -246,9 +115,9 @@ def write_validation(
 
     digest = hashlib.sha256()
     path = f"{directory}/validation/{number}"
-    length = _write_array(f"{path}/tokens", tokens(), meta["dtype"], 1 << 16, digest)
-    _write_array(f"{path}/offsets", [np.array(offsets)], "int64", 1 << 12, digest)
-    _write_array(f"{path}/work", [np.array(work)], "int64", 1 << 12, digest)
+    length = arrays.write_array(f"{path}/tokens", tokens(), meta["dtype"], 1 << 16, digest)
+    arrays.write_array(f"{path}/offsets", [np.array(offsets)], "int64", 1 << 12, digest)
+    arrays.write_array(f"{path}/work", [np.array(work)], "int64", 1 << 12, digest)
     return {
         "documents": len(work),
         "tokens": length,
@@ -349,14 +218,14 @@ class Training:
         """Returns batches without end, as `batches.Training` does."""
         data, meta, stored = self.data, self.meta, self.stored
         shapes = [(rows_of_source, data.seq_len) for rows_of_source in self.num_rows]
-        arrays = [_open_array(f"{s.path}/tokens", shape) for s, shape in zip(stored, shapes)]
+        opened = [arrays.open_array(f"{s.path}/tokens", shape) for s, shape in zip(stored, shapes)]
         order = Order(seed, shares(data.weights), self.num_rows)
         bad = BadRecords(data.max_bad_records)
 
         def batch(step: int) -> dict[str, np.ndarray]:
             source_B, row_B = order(step * batch_size, (step + 1) * batch_size)
             places = list(zip(source_B[rows].tolist(), row_B[rows].tolist(), strict=True))
-            reads = [arrays[source][row].read() for source, row in places]
+            reads = [opened[source][row].read() for source, row in places]
             tokens = np.full([len(rows), data.seq_len], meta["pad_id"], np.int32)
             for i, (source, row) in enumerate(places):
                 where = f"{stored[source].path}: row {row}"
@@ -377,22 +246,75 @@ def validation_documents(
 
     def documents() -> Iterator[Document]:
         for source, _, path, entry in stored:
-            tokens = _open_array(f"{path}/tokens", (entry["tokens"],))
+            tokens = arrays.open_array(f"{path}/tokens", (entry["tokens"],))
             offsets = _numbers(f"{path}/offsets", entry["documents"] + 1)
             names = [*entry["works"], ""]  # index -1 is the last, ""
             works = [names[number] for number in _numbers(f"{path}/work", entry["documents"])]
-            for i, (begin, end) in enumerate(itertools.pairwise(offsets)):
-                where = f"{path}: document {i}"
-                found = _tokens(tokens[begin:end].read(), where, meta["vocab_size"], bad)
-                if found is not None:
-                    yield Document(source, works[i], found)
+            for i, found in _documents(tokens, offsets, path, meta["vocab_size"], bad):
+                yield Document(source, works[i], found)
 
     return documents()
 
 
+def _documents(
+    tokens: Any, offsets: np.ndarray, path: str, vocab_size: int, bad: BadRecords
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields the number and the tokens of each document that is not bad.
+
+    Short documents are read together: to read one takes as long as to read thousands of tokens. If
+    one of them is bad, they are read again, one by one.
+    """
+
+    def size(place: tuple[int, tuple[int, int]]) -> int:
+        _, (begin, end) = place
+        return end - begin
+
+    for block in grouped(enumerate(itertools.pairwise(offsets.tolist())), _TOGETHER, size):
+        number, (first, _) = block[0]
+        _, (_, last) = block[-1]
+        reading = tokens[first:last].read()
+        together = _tokens(reading, f"{path}: document {number}", vocab_size, lambda fault: None)
+        for number, (begin, end) in block:
+            if together is None:
+                reading = tokens[begin:end].read()
+                found = _tokens(reading, f"{path}: document {number}", vocab_size, bad)
+            else:
+                found = together[begin - first : end - first]
+            if found is not None:
+                yield number, found
+
+
+def _tokens(
+    future: Any, where: str, vocab_size: int, bad: Callable[[str], None]
+) -> np.ndarray | None:
+    """Returns the tokens that tensorstore reads, int32; None for bad tokens, which it counts.
+
+    Tokens are bad if they are damaged or hold an id outside the vocabulary.
+
+    Raises:
+      OSError: the store fails.
+      UserError: the file is gone.
+    """
+    try:
+        tokens = future.result().astype(np.int32)
+    except ValueError as error:
+        failed = store_error(error, where)
+        if failed:
+            raise failed from None
+        if not str(error).startswith(arrays.DAMAGED):
+            raise UserError(f"{where}: cannot be read: {reason(error)}; {arrays.AGAIN}") from None
+        bad(f"{where}: damaged: {reason(error)}")
+        return None
+    outside = tokens[(tokens < 0) | (tokens >= vocab_size)]
+    if len(outside):
+        bad(f"{where}: token {outside[0]}, expected one of 0 to {vocab_size - 1}")
+        return None
+    return tokens
+
+
 def _numbers(path: str, length: int) -> np.ndarray:
     """Reads a whole array, int64 [length]."""
-    return _done(_open_array(path, (length,)).read(), path)
+    return arrays.result(arrays.open_array(path, (length,)).read(), path)
 
 
 def _digest(value: Any) -> str:

@@ -13,7 +13,7 @@ import pytest
 import tensorstore
 
 from latent_delib import prepare
-from latent_delib.data import batches, rows, text, text_files, token_files
+from latent_delib.data import arrays, batches, rows, text, text_files, token_files
 from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.errors import Outage, UserError
 from tests.texts import config_data, config_to_prepare
@@ -127,7 +127,7 @@ def test_token_files_that_vanish_or_do_not_fit_their_meta(
 ):
     file, meta = folder / "train/0/tokens/c/0/0", folder / "meta.json"
     # a file in the cache is not missed
-    monkeypatch.setattr(token_files, "_CACHE", tensorstore.Context())
+    monkeypatch.setattr(arrays, "_CACHE", tensorstore.Context())
     text = batches.Training(make_data(sources["train"], folder, 999), Tokenizer(tokenizer_path))
     loader = text.batches(batch_size=2, seed=0)
     next(loader)
@@ -178,7 +178,7 @@ def test_what_a_failed_read_of_token_files_is(text, kind):
         assert "\n" not in str(error.value)
         return type(error.value)
 
-    assert kind_of(lambda: token_files._done(future, "gs://b/t")) == (kind or UserError)
+    assert kind_of(lambda: arrays.result(future, "gs://b/t")) == (kind or UserError)
     if kind is None:
         assert token_files._tokens(future, "gs://b/t: row 3", 9, bad) is None and len(bad.met) == 1
     else:

@@ -14,7 +14,7 @@ import pytest
 import sentencepiece
 
 from latent_delib import prepare as prepare_command
-from latent_delib.data import batches, rows, token_files
+from latent_delib.data import arrays, batches, rows, token_files
 from latent_delib.data import text as reader
 from latent_delib.data.tokenizer import Tokenizer
 from latent_delib.errors import UserError
@@ -376,9 +376,7 @@ def test_prepared_files_hold_what_text_holds(tokenizer, tmp_path, capsys, monkey
         )
     for i, source in enumerate(sources):
         stored = (
-            token_files._open_array(
-                f"{tmp_path}/out/train/{i}/tokens", (meta["train"][i]["rows"], T)
-            )
+            arrays.open_array(f"{tmp_path}/out/train/{i}/tokens", (meta["train"][i]["rows"], T))
             .read()
             .result()
         )

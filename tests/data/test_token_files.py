@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tensorstore
 
-from latent_delib.data import order, token_files
+from latent_delib.data import arrays, order, token_files
 from latent_delib.data.batches import Training, validation_documents
 from latent_delib.data.rows import segments
 from latent_delib.errors import UserError
@@ -202,12 +202,12 @@ def test_validation_documents_come_back_whole_and_in_order(prepared):
 
 
 def test_arrays_of_several_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(token_files, "_FILE", 100)
+    monkeypatch.setattr(arrays, "_FILE", 100)
     parts = [np.full((n, 3), n, np.int32) for n in (1, 90, 0, 2, 33)]
     digest = hashlib.sha256()
-    assert token_files._write_array(str(tmp_path / "x"), parts, "uint16", 10, digest, (3,)) == 126
+    assert arrays.write_array(str(tmp_path / "x"), parts, "uint16", 10, digest, (3,)) == 126
     assert len(list((tmp_path / "x" / "c").iterdir())) == 4  # of 33 rows
-    found = token_files._open_array(str(tmp_path / "x"), (126, 3)).read().result()
+    found = arrays.open_array(str(tmp_path / "x"), (126, 3)).read().result()
     assert found.dtype == np.uint16 and digest.digest() == hashlib.sha256(found).digest()
     np.testing.assert_array_equal(found, np.concatenate(parts))
 
@@ -215,7 +215,7 @@ def test_arrays_of_several_files(tmp_path, monkeypatch):
 def test_a_disk_that_takes_nothing_is_one_line(tmp_path):
     (tmp_path / "file").write_text("not a directory")
     with pytest.raises(NotADirectoryError, match="Not a directory: '.*file/x'") as error:
-        token_files._write_array(
+        arrays.write_array(
             str(tmp_path / "file" / "x"), [np.zeros(3)], "int32", 8, hashlib.sha256()
         )
     assert "\n" not in str(error.value)
