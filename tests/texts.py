@@ -23,7 +23,8 @@ def config_data(sources, weights=None, **fields):
 
 def config_to_prepare(data, tokenizer):
     """A config with all that `prepare` reads."""
-    return ConfigDict({"data": data, "decoder": {"path": "", "tokenizer": str(tokenizer)}})
+    decoder = {"path": "", "architecture": {}, "tokenizer": str(tokenizer)}
+    return ConfigDict({"data": data, "decoder": decoder})
 
 
 def write_token_files(folder, about, train, validation):

@@ -21,7 +21,7 @@ from latent_delib.delib.methods import METHODS
 from latent_delib.errors import UserError
 from latent_delib.job import build
 from latent_delib.job.checks import check, replaces_steps
-from latent_delib.job.preparation import tokenizer_of
+from latent_delib.job.preparation import check_vectors, tokenizer_of
 from latent_delib.job.record import Record
 from latent_delib.nn import transformer
 from latent_delib.nn.sizes import TransformerConfig, differences
@@ -138,11 +138,7 @@ def _architecture(config: ConfigDict, decoder: Path | None) -> TransformerConfig
 def _tokenizer(config: ConfigDict, architecture: TransformerConfig) -> Tokenizer:
     """Loads the config's tokenizer; raises UserError if the decoder has too few vectors for it."""
     tokenizer = Tokenizer(tokenizer_of(config))
-    if tokenizer.vocab_size > architecture.vocab_size:
-        raise UserError(
-            f"config.decoder.tokenizer: {tokenizer.path} has {tokenizer.vocab_size} pieces, "
-            f"but the decoder has vectors for only {architecture.vocab_size}"
-        )
+    check_vectors(tokenizer, architecture.vocab_size)
     return tokenizer
 
 

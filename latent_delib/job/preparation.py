@@ -52,6 +52,7 @@ def prepare(config: Any, out: str) -> dict:
                 found = f"{source} has {len(shared)} of its parts too, such as {min(shared)}"
                 print(f"warning: {held_out} is trained on: {found}", file=sys.stderr, flush=True)
     tokenizer = Tokenizer(tokenizer_of(config))
+    check_vectors(tokenizer, _num_vectors(config.decoder) or tokenizer.vocab_size)
     if "://" in out:  # the store's client tries for minutes, without a word
         print(f"looking for token files in {out}", flush=True)
     found = token_files.read_meta(out)
@@ -121,6 +122,24 @@ def tokenizer_of(config: Any) -> Path:
         return Path(name)
     decoder = name or config.decoder.path or "packaged"
     return tokenizer_files.tokenizer_path(locate.find_decoder(decoder))
+
+
+def check_vectors(tokenizer: Tokenizer, count: int) -> None:
+    """Raises UserError if a tokenizer has more tokens than the decoder has vectors, `count`."""
+    if tokenizer.vocab_size > count:
+        raise UserError(
+            f"config.decoder.tokenizer: {tokenizer.path} has {tokenizer.vocab_size} pieces, "
+            f"but the decoder has vectors for only {count}"
+        )
+
+
+def _num_vectors(decoder: Any) -> int:
+    """Returns how many tokens the decoder of a config has vectors for; 0 if it is not here."""
+    folder = locate.PACKAGED if decoder.path == "packaged" else Path(decoder.path)
+    sizes = decoder.architecture
+    if decoder.path and locate.is_ours(folder):
+        sizes = files.read_json(folder / "config.json")["architecture"]
+    return sizes.get("vocab_size", 0)
 
 
 def _describe(data: Any, tokenizer: Tokenizer, readers: dict[str, text.Reader]) -> dict:

@@ -523,6 +523,17 @@ def test_text_that_changes_while_it_is_prepared_is_refused(tokenizer, tmp_path, 
     prepare(data, tokenizer, out)
 
 
+def test_a_tokenizer_with_too_many_tokens_is_told_before_the_text_is_read(tokenizer, tmp_path):
+    write_files(tmp_path / "a", files=1, documents_each=3)
+    (tmp_path / "config.json").write_text('{"format": "x", "architecture": {"vocab_size": 99}}')
+    for changes in ({"path": str(tmp_path)}, {"architecture": {"vocab_size": 99}}):
+        config = config_to_prepare(config_data((f"files:{tmp_path}/a/*",)), tokenizer)
+        config.decoder.update(changes)
+        with pytest.raises(UserError, match=r"tokenizer.model has \d+ pieces, .* only 99$"):
+            prepare_command.prepare(config, str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_two_jobs_do_not_write_the_same_token_files(tokenizer, tmp_path):
     write_files(tmp_path / "a", files=1, documents_each=3)
     out = tmp_path / "out"

@@ -22,6 +22,7 @@ from latent_delib.data.rows import BadRecords
 from latent_delib.data.tokenizer import Tokenizer, files, fingerprint
 from latent_delib.errors import UserError
 from latent_delib.weights import gguf, gguf_vocabulary
+from tests.texts import config_to_prepare
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "tokens.json").read_text())
 TEXTS = GOLDEN["texts"]
@@ -576,8 +577,7 @@ def test_json_through_the_reader_and_prepare(every, tmp_path):
         "seq_len": 16,
         "max_bad_records": 0,
     }
-    decoder = {"path": "", "tokenizer": path}
-    meta = prepare.prepare(ConfigDict({"data": data, "decoder": decoder}), f"{tmp_path}/out")
+    meta = prepare.prepare(config_to_prepare(data, path), f"{tmp_path}/out")
     assert (meta["bos_id"], meta["pad_id"], meta["vocab_size"]) == (1, 2, 500)
     prepared = ConfigDict(data | {"token_files": f"{tmp_path}/out"})
     found = batches.validation_documents(prepared, tokenizer=tokenizer)
