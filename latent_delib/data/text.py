@@ -118,7 +118,7 @@ def texts(reader: Reader, parts: Iterable[str] | None = None) -> Iterator[Text]:
 
 
 def tokens_of(
-    reader: Reader, group: Iterable[Text], tokenizer: Tokenizer
+    reader: Reader, group: list[Text], tokenizer: Tokenizer
 ) -> list[tuple[np.ndarray, str]]:
     """Returns the tokens of each text, int32 [n] without BOS, and its fault; "" if it has none.
 

@@ -15,6 +15,7 @@ from latent_delib.job import preparation
 from latent_delib.weights import locate, tokenizer_files
 
 KINDS = {"qa": (False, 0), "qa_steps": (True, 0), "qa_steps-1": (True, 1)}
+PACKAGED = {"decoder.path": "packaged", "decoder.tokenizer": "packaged"}
 ROW = {"question": "What is 3 + 4?", "answer": "7", "steps": "3 + 4\nis 7,"}
 
 
@@ -147,7 +148,7 @@ def test_questions_are_kept_whole(tmp_path, tokenizer, make_config):
     file.write_bytes(b"\n".join(line(answer=answer) for answer in answers))
     source = f"qa:{file}"
     changes = {"data.sources": (source,), "data.validation": (source,), "data.seq_len": 64}
-    config = make_config(changes | {"data.token_files": "", "decoder.tokenizer": "packaged"})
+    config = make_config(changes | {"data.token_files": ""} | PACKAGED)
     folder_of_tokens = str(tmp_path / "tokens")
     meta = preparation.prepare(config, folder_of_tokens)
 
@@ -185,7 +186,7 @@ def test_of_a_question_longer_than_a_row_the_end_is_left_out(tmp_path, make_conf
     file = tmp_path / "mine.jsonl"
     file.write_bytes(line(question="one two three " * 20) + b"\n" + line())
     changes = {"data.sources": (f"qa:{file}",), "data.validation": (f"qa:{file}",)}
-    changes |= {"data.seq_len": 32, "data.token_files": "", "decoder.tokenizer": "packaged"}
+    changes |= {"data.seq_len": 32, "data.token_files": ""} | PACKAGED
     folder_of_tokens = tmp_path / "tokens"
     meta = preparation.prepare(make_config(changes), str(folder_of_tokens))
     assert [meta["train"][0][key] for key in ("documents", "rows", "cut")] == [2, 2, 1]
