@@ -39,12 +39,18 @@ def _errors(path: str) -> Iterator[None]:
 
 
 def result(future: Any, path: str) -> Any:
-    """Waits for tensorstore; returns the result."""
+    """Waits for tensorstore; returns the result.
+
+    Raises:
+      OSError: the disk or store fails.
+      UserError: any other error of tensorstore; both name `path`.
+    """
     with _errors(path):
         return future.result()
 
 
 def folder(directory: str) -> ts.KvStore:
+    """Opens a directory to read and write its small files. Raises errors as `result`."""
     with _errors(directory):  # a URL of no known kind is refused at once
         return ts.KvStore.open(_store(directory)).result()
 

@@ -71,9 +71,9 @@ class Training:
         return {"tokenizer": tokenizer} | self.text.fingerprint()
 
     def amounts(self, rows: int) -> list[str]:
-        """Returns a line for each source: its share of a job's rows, and how often that reads it.
+        """Returns a line for each source: its share of a job's rows, and how many epochs these are.
 
-        Only token files tell how many rows a source has.
+        Only token files tell how many rows a source has; without them there are no epochs.
 
         Args:
           rows: how many rows the job trains on in all.

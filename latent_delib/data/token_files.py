@@ -261,8 +261,8 @@ def _documents(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yields the number and the tokens of each document that is not bad.
 
-    Short documents are read together: to read one takes as long as to read thousands of tokens. If
-    one of them is bad, they are read again, one by one.
+    Short documents are read together, because each read takes as long as thousands of tokens do. If
+    one of them is bad, all are read again, one by one.
     """
 
     def size(place: tuple[int, tuple[int, int]]) -> int:

@@ -100,8 +100,8 @@ def _take_over(out: str, meta: dict) -> None:
     difference = _difference(found, meta)
     if whole and difference:
         raise UserError(
-            f"{out} holds unfinished token files of another config, with {len(whole)} sources that "
-            f"are whole: {difference}; delete the folder, or {OTHER_FOLDER}"
+            f"{out} holds unfinished token files of another config (whole sources: {len(whole)}): "
+            f"{difference}; delete the folder, or {OTHER_FOLDER}"
         )
     for split in SPLITS:
         for there, entry in zip(found[split], meta[split]):
@@ -226,7 +226,7 @@ def _write_source(
         counts = token_files.write_validation(out, number, named, meta)
     if reader.fingerprint() != entry["text"]:
         raise UserError(
-            f"config.data: source {reader.source!r} changed while it was read; run prepare again"
+            f"config.data: source {reader.source!r} changed while it was read; run this again"
         )
     entry |= counts | {"skipped": bad.met.total() - skipped_before}
 

@@ -449,7 +449,7 @@ def test_an_interrupted_prepare_goes_on_after_the_last_whole_source(tokenizer, t
     (tmp_path / "b" / "late.txt").write_text("one more cat")
 
     other = config_data(sources[:2], (1.0, 1.0), validation=sources[3:])
-    with pytest.raises(UserError, match="unfinished .* 2 sources that are whole: train is "):
+    with pytest.raises(UserError, match=r"unfinished .* \(whole sources: 2\): train is "):
         prepare(other, tokenizer, out)
     assert contents(out) == before
 
@@ -518,7 +518,7 @@ def test_text_that_changes_while_it_is_prepared_is_refused(tokenizer, tmp_path, 
 
     with monkeypatch.context() as patch:
         patch.setattr(token_files, "write_train", write_while_the_text_grows)
-        with pytest.raises(UserError, match="changed while it was read; run prepare again"):
+        with pytest.raises(UserError, match="changed while it was read; run this again"):
             prepare(data, tokenizer, out)
     prepare(data, tokenizer, out)
 
