@@ -8,16 +8,17 @@
 #   ./launch/paper.sh lab_58k/overlay lab_23k/overlay    the same proportions for smaller decoders, which are made first
 #   ./launch/paper.sh questions                     four rows on Countdown, in thirteen minutes on two idle CPU cores
 #   ./launch/paper.sh hops                          latents instead of written steps, four rows
+#   ./launch/paper.sh mixed                         trained on text that holds problems, asked problems; four rows
 #   ./launch/paper.sh plus_minus                    a real decoder, SmolLM2-135M, two rows, on two CPU cores
 #   LATENT_DELIB_EXTRAS=cuda ./launch/gpu.sh ./launch/paper.sh b/overlay b/after      on a GPU: protocols lab_gpu and b
 #
-# configs/paper.py says what a protocol is. The workdir of a run is runs/paper/PROTOCOL/NAME@SEED. Below it are
+# configs/protocols.py has the protocols. The workdir of a run is runs/paper/PROTOCOL/NAME@SEED. Below it are
 #   swap/               latents of another document: all experiments whose latents depend on the text, except inserted,
 #                       whose keys contain a position
 #   evaluations/        every checkpoint: overlay, after and before with any number of latents, adapt_*
 #   longer/             the plain decoder reads as much more text as latents cost: overlay, after
 #   delay1/ to delay3/  latents come late: overlay, after, delay
-# Protocols problems, depth, questions, hops and plus_minus have swap/, and instead of the others
+# Protocols problems, mixed, depth, questions, hops and plus_minus have swap/, and instead of the others
 #   benchmarks.json     problems solved, with latents and without
 #   text/               perplexity on text, after a decoder was trained on problems: decoder* of protocol problems
 # More arguments make another experiment: its workdir is runs/trials/PROTOCOL/NAME@SEED,ARGUMENTS, and the report leaves
@@ -32,13 +33,14 @@ done
 names=$(sed -nE '/^EXPERIMENTS/,/^}/s/^    "(\w+)":.*/\1/p' configs/paper.py)
 names=${names//$'\n'/ }
 
-protocols='lab lab_58k lab_23k lab_gpu problems depth questions hops plus_minus b'
+protocols='lab lab_58k lab_23k lab_gpu problems mixed depth questions hops plus_minus b'
 wanted=()
 all() { # PROTOCOL
   local few='' name
   case $1 in # a first look
     questions) few='overlay static_tokens feedback_fast decoder_fast' ;;
     hops) few='double overlay static_tokens decoder_fast' ;;
+    mixed) few='overlay after static_tokens decoder' ;;
     plus_minus) few='overlay static_tokens' ;;
   esac
   if [[ -n $few ]]; then
@@ -103,6 +105,10 @@ prepare() { # PROTOCOL EXPERIMENT: the decoder and the tokens; lab, lab_58k and 
   fi
   if [[ $1/$2 == lab/assistant ]]; then
     prepare lab_58k overlay # its decoder
+  fi
+  if [[ $1 == mixed ]]; then
+    prepare problems overlay # its decoder and its tokens
+    tokens=runs/paper/problems/tokens
   fi
   local file=runs/questions/${1/questions/countdown}.train.jsonl
   if [[ $1 =~ ^(questions|hops|plus_minus)$ && ! -e $file ]]; then
@@ -205,7 +211,7 @@ for each in "${wanted[@]}"; do
   if [[ ! $name =~ ^((static|pause|latent)_tokens(_x4)?|.*_static|cartridge|inserted|decoder.*|adapt_decoder)$ ]]; then
     evaluate "$workdir/swap" --config.evaluate.swap
   fi
-  if [[ $protocol =~ ^(problems|depth|questions|hops|plus_minus)$ ]]; then
+  if [[ $protocol =~ ^(problems|mixed|depth|questions|hops|plus_minus)$ ]]; then
     solve
   else
     control

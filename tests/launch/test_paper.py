@@ -212,6 +212,29 @@ def test_problems_are_made_and_solved(here: Path) -> None:
     assert not any("delay" in call or "longer" in call for call in calls)
 
 
+def test_problems_within_text_have_the_decoder_and_the_tokens_of_problems(here: Path) -> None:
+    calls = run_paper(here, "mixed/overlay", "mixed/decoder")
+    config, folder = "--config=configs/paper.py", "runs/paper"
+    assert calls[:7] == [
+        "tools.make_mixture --out=runs/mixture",
+        "tools.make_problems --out=runs/problems",
+        f"prepare {config}:problems/pretrain --config.data.token_files="
+        f" --out={folder}/problems/tokens",
+        f"train {config}:problems/pretrain --workdir={folder}/problems/pretrain",
+        f"evaluate {config}:problems/decoder --workdir={folder}/problems/frozen",
+        f"train {config}:mixed/overlay --workdir={folder}/mixed/overlay@0 --config.seed=0",
+        f"evaluate {config}:mixed/overlay --workdir={folder}/mixed/overlay@0"
+        f" --out={folder}/mixed/overlay@0",
+    ]
+    problems = "--benchmarks=sums,sorting,look_ups,brackets --table=configs/problems.py"
+    problems += " --tasks=runs/problems"
+    assert [call for call in calls if call.startswith("benchmark")] == [
+        f"benchmark --workdir={folder}/mixed/{name}@0 --model={models} {problems}"
+        f" --out={folder}/mixed/{name}@0"
+        for name, models in (("overlay", "decoder,augmented"), ("decoder", "decoder"))
+    ]
+
+
 def test_look_ups_are_made_and_solved_without_the_mixture(here: Path) -> None:
     calls = run_paper(here, "depth/decoder")
     config, folder = "--config=configs/paper.py:depth", "runs/paper/depth"
