@@ -21,6 +21,7 @@
 # Protocols problems, mixed, depth, questions, hops and plus_minus have swap/, and instead of the others
 #   benchmarks.json     problems solved, with latents and without
 #   text/               perplexity on text, after a decoder was trained on problems: decoder* of protocol problems
+#   answers/            perplexity of the answers alone: protocol mixed
 # More arguments make another experiment: its workdir is runs/trials/PROTOCOL/NAME@SEED,ARGUMENTS, and the report leaves
 # it out.
 # shellcheck source=common.sh
@@ -173,6 +174,9 @@ solve() { # the problems; and, where the decoder itself was trained on them, the
   fi
   if [[ $name == decoder* && $protocol == problems ]]; then
     evaluate "$workdir/text" --config.data.validation="('files:runs/mixture/validation/*.txt',)" --config.method.prompt_end=
+  fi
+  if [[ $protocol == mixed && $models != decoder ]]; then # perplexity of the answers alone
+    evaluate "$workdir/answers" --config.data.validation="('files:runs/problems/text/test/*.txt',)" --config.method.prompt_end==
   fi
   run latent_delib.benchmark --workdir="$workdir" --model="$models" --benchmarks="$benchmarks" --table=configs/problems.py \
     --tasks="$problems" --out="$workdir"

@@ -233,6 +233,12 @@ def test_problems_within_text_have_the_decoder_and_the_tokens_of_problems(here: 
         f" --out={folder}/mixed/{name}@0"
         for name, models in (("overlay", "decoder,augmented"), ("decoder", "decoder"))
     ]
+    run = f"{folder}/mixed/overlay@0"
+    assert [call for call in calls if "/answers" in call] == [
+        f"evaluate {config}:mixed/overlay --workdir={run} --out={run}/answers"
+        " --config.data.validation=('files:runs/problems/text/test/*.txt',)"
+        " --config.method.prompt_end=="
+    ]
 
 
 def test_look_ups_are_made_and_solved_without_the_mixture(here: Path) -> None:
