@@ -11,8 +11,9 @@ those with --every or --delay. Models are decoder; augmented, with the latents o
 method, written at the end of the prompt; and zero_shot_cot, the decoder without worked examples,
 told to think step by step.
 
-Writes benchmarks.json to --out (may be gs://), and saves each row as soon as it is made. Run again,
-it makes the rows that are missing. The result of each document is in OUT/samples.
+Writes benchmarks.json to --out (may be gs://), and saves each row as soon as it is made, compared
+with the decoder's row if that is made. Run again, it makes the rows that are missing. The result of
+each document is in OUT/samples.
 """
 
 import dataclasses
@@ -36,13 +37,14 @@ from latent_delib.lm.model import AugmentedLM
 from latent_delib.machine import arguments, commands, files
 from latent_delib.machine.command_line import REQUIRED
 from latent_delib.machine.provenance import provenance
-from latent_delib.measure import suites
-from latent_delib.measure.scores import ANSWER, BenchmarkRow, format_rows, summarize_scores
+from latent_delib.measure import scores, suites
+from latent_delib.measure.scores import BenchmarkRow
 from latent_delib.measure.suites import QUESTIONS_PREFIX
 from latent_delib.weights import exported, folder, locate
 
 FILE = "benchmarks.json"  # in --out
 MODELS = ("decoder", "augmented", "zero_shot_cot")
+SAME = ("task", "metric", "filter", "data", "limit", "documents")  # in rows that are compared
 
 
 class Subject(NamedTuple):
@@ -87,7 +89,7 @@ def main(flags: Any) -> None:
         for asked in missing:
             made, samples = _measure(lm, harness, loaded[asked["benchmark"]], asked, flags)
             rows = _save(epath.Path(flags.out), subject, made, samples)
-    print(format_rows(list(rows.values())), flush=True)
+    print(scores.format_rows(list(rows.values())), flush=True)
 
 
 # Before weights are loaded: the flags, the decoder or job, the tasks.
@@ -314,10 +316,10 @@ def _measure(
     )
     for sample in samples:
         if logp:
-            sample[ANSWER] = logp[sample["doc_id"]]
+            sample[scores.ANSWER] = logp[sample["doc_id"]]
     counted = [sample for sample in samples if sample["filter"] == asked["filter"]]
-    scores = summarize_scores(counted, asked["metric"], asked["benchmark"])
-    return asked | scores | {"provenance": _provenance()}, samples
+    figures = scores.summarize_scores(counted, asked["metric"], asked["benchmark"])
+    return asked | figures | {"provenance": _provenance()}, samples
 
 
 def _save(
@@ -325,13 +327,40 @@ def _save(
 ) -> dict[str, BenchmarkRow]:
     """Writes each document's result and then the row; returns all rows, earlier ones too."""
     lines = [json.dumps(sample, default=str, ensure_ascii=False) + "\n" for sample in samples]
-    files.write(out / "samples" / f"{_label(made)}.jsonl", "".join(lines).encode())
+    files.write(_samples_file(out, made), "".join(lines).encode())
     rows = _read_rows(out / FILE, subject)
     rows.pop(_label(made), None)
     rows[_label(made)] = made
+    _compare(out, [row for row in rows.values() if row["benchmark"] == made["benchmark"]])
     result = {"rows": list(rows.values()), **subject.about(), "provenance": _provenance()}
     files.write(out / FILE, (json.dumps(result, indent=2) + "\n").encode())
     return rows
+
+
+def _compare(out: epath.Path, rows: Sequence[BenchmarkRow]) -> None:
+    """Compares the rows of a benchmark with the decoder's row, if it is of the same documents."""
+    base = next((row for row in rows if row["model"] == "decoder"), None)
+    for row in rows:
+        for key in scores.CHANGE_FIELDS:
+            row.pop(key, None)
+        if base in (None, row) or any(row.get(key) != base.get(key) for key in SAME):
+            continue
+        ours, theirs = _read_samples(out, row), _read_samples(out, base)
+        if len(ours) == len(theirs) == row["documents"]:  # else samples are gone, or newer
+            row |= scores.compare_scores(ours, theirs, row["metric"])
+
+
+def _samples_file(out: epath.Path, row: BenchmarkRow) -> epath.Path:
+    return out / "samples" / f"{_label(row)}.jsonl"
+
+
+def _read_samples(out: epath.Path, row: BenchmarkRow) -> list[BenchmarkRow]:
+    """Reads the result of each document that a row counts; nothing if the file is gone."""
+    path = _samples_file(out, row)
+    with store_errors(path):
+        content = path.read_bytes() if path.exists() else b""
+    samples = map(json.loads, content.splitlines())
+    return [each for each in samples if each["filter"] == row["filter"] and row["metric"] in each]
 
 
 def _provenance() -> dict[str, Any]:

@@ -511,6 +511,50 @@ def test_one_document(score, low, high):
     assert read["low"] is read["stderr"] is None and "2.89" in scores.format_rows([ROW | read])
 
 
+def answered(*values):
+    return [{"task": "t", "doc_id": i, "acc": value} for i, value in enumerate(values)]
+
+
+@pytest.mark.parametrize("only_ours, only_theirs, both, neither", [(9, 2, 20, 9), (0, 0, 30, 10)])
+def test_two_models_are_compared_document_by_document(only_ours, only_theirs, both, neither):
+    """With Agresti's and Min's interval: the usual one, with half a document more in each cell."""
+    ours = answered(*[1.0] * only_ours, *[0.0] * only_theirs, *[1.0] * both, *[0.0] * neither)
+    theirs = answered(*[0.0] * only_ours, *[1.0] * only_theirs, *[1.0] * both, *[0.0] * neither)
+    made = scores.compare_scores(ours, theirs[::-1], "acc")
+    b, c, n = only_ours + 0.5, only_theirs + 0.5, len(ours) + 2
+    half = 1.96 * np.sqrt(b + c - (b - c) ** 2 / n) / n
+    assert made == {
+        "change": pytest.approx(100 * (only_ours - only_theirs) / len(ours)),
+        "change_low": pytest.approx(100 * ((b - c) / n - half)),
+        "change_high": pytest.approx(100 * ((b - c) / n + half)),
+    }
+    apart = [
+        scores.summarize_scores([s | {"metrics": ["acc"]} for s in x], "acc")
+        for x in (ours, theirs)
+    ]
+    width = np.hypot(*(each["high"] - each["low"] for each in apart))
+    assert made["change_high"] - made["change_low"] < width  # of intervals that ignore the pairs
+
+
+def test_bits_per_byte_are_compared_text_by_text():
+    draw = np.random.default_rng(1)
+    size = draw.integers(800, 1200, 50)
+    theirs = -size * (0.7 + 0.1 * draw.standard_normal(50))
+    ours = theirs + size * (0.01 + 0.001 * draw.standard_normal(50))
+    samples = [
+        [
+            {"task": "t", "doc_id": i, "bits_per_byte": [x, n]}
+            for i, (x, n) in enumerate(zip(logp, size))
+        ]
+        for logp in (ours, theirs)
+    ]
+    made = scores.compare_scores(*samples, "bits_per_byte")
+    values = [scores.summarize_scores(each, "bits_per_byte")["value"] for each in samples]
+    assert made["change"] == pytest.approx(values[0] - values[1])
+    assert made["change_low"] < made["change"] < made["change_high"] < 0
+    assert made["change_high"] - made["change_low"] < 0.002
+
+
 ROW = {"benchmark": "b", "model": "decoder", "shots": 0, "every": 0, "delay": 0}
 
 
@@ -553,6 +597,12 @@ def test_rows_and_resume(call, tmp_path):
         "held_out_text, augmented",
     ]
     assert found["rows"][0] == first["rows"][0]
+    values = {(row["benchmark"], row["model"]): row["value"] for row in found["rows"]}
+    for row in found["rows"]:
+        change = row["value"] - values[row["benchmark"], "decoder"]
+        compared = row["model"] == "augmented"
+        assert row.get("change") == (pytest.approx(change, abs=1e-9) if compared else None)
+        assert not compared or row["change_low"] < row["change"] < row["change_high"]
     settings = [(row["every"], row["delay"], row["shots"], row["cot"]) for row in found["rows"]]
     assert settings == [
         (0, 0, 4, ""),
@@ -665,7 +715,7 @@ def test_log_p_of_the_answers(call, questions_file, trained_lm, tmp_path):
         assert "answer_logp" not in again["rows"][-1]
     table = scores.format_rows(again["rows"]).splitlines()
     assert table[0].endswith("  log p of answer  95 % interval, nats")
-    assert f"  {means[0]:.3f}  " in table[1] and table[3].endswith("percent")
+    assert f"  {means[0]:.3f}  " in table[1] and table[3].endswith("]")
 
 
 def test_older_rows_of_questions(call, questions_file, tmp_path):

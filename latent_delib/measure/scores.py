@@ -15,6 +15,8 @@ BenchmarkRow = dict[str, Any]
 Estimate = tuple[float, float | None, float | None, float | None]
 
 ANSWER = "answer_logp"  # the key of log p of the right answer, nats, in samples and rows
+CHANGE = "change"  # the key of a row's difference from the decoder's row, in the row's unit
+CHANGE_FIELDS = (CHANGE, f"{CHANGE}_low", f"{CHANGE}_high")
 Z = 1.96  # standard errors, for 95 % in Wilson's interval
 COLUMNS: tuple[str, ...] = (
     "benchmark",
@@ -27,6 +29,7 @@ COLUMNS: tuple[str, ...] = (
     "95 % interval",
     "unit",
 )
+CHANGE_COLUMN = "change against decoder"  # shown where a row has it
 ANSWER_COLUMNS = ("log p of answer", "95 % interval, nats")  # shown where a row has them
 TEXT = ("benchmark", "model", "unit")  # columns; the rest are numbers
 
@@ -82,6 +85,46 @@ def summarize_scores(samples: Sequence[BenchmarkRow], metric: str, name: str = "
     return row
 
 
+def compare_scores(
+    samples: Sequence[BenchmarkRow], base: Sequence[BenchmarkRow], metric: str
+) -> BenchmarkRow:
+    """Returns how much a model's score differs from another's on the same documents.
+
+    The documents are compared one by one, so the interval is narrower than those of the two scores
+    suggest. The fields are CHANGE, in percentage points or in bits per byte, and the ends of its
+    95 % interval, as `named` names them.
+
+    Args:
+      samples: the harness's result for each document, of the model.
+      base: the same, of the model that it is compared with; in any order.
+      metric: the key of the score in a sample.
+    """
+    others = {(sample["task"], sample["doc_id"]): sample[metric] for sample in base}
+    ours = np.array([sample[metric] for sample in samples], np.float64)
+    theirs = np.array([others[sample["task"], sample["doc_id"]] for sample in samples], np.float64)
+    if metric != "bits_per_byte":
+        return named(CHANGE, _paired(ours - theirs))
+    logp, num_bytes = (ours - theirs).T[0], ours.T[1]
+    return named(CHANGE, _ratio(-logp / math.log(2), num_bytes))
+
+
+def _paired(difference: np.ndarray) -> Estimate:
+    """Returns the mean difference between two 0-to-1 scores of the same documents, in percent.
+
+    The interval is that of Agresti and Min, Statistics in Medicine 24 (2005): the usual one, after
+    two documents are added, of which half a one differs in each direction. It holds for few
+    differences too.
+
+    difference: float64 [documents], -1 to 1.
+    """
+    n = len(difference) + 2
+    middle = difference.sum() / n
+    variance = (np.square(difference).sum() + 1) / n - middle**2
+    stderr = math.sqrt(variance / n)
+    value = 100 * float(difference.mean())
+    return value, 100 * stderr, 100 * (middle - Z * stderr), 100 * (middle + Z * stderr)
+
+
 def _ratio(values: np.ndarray, size: np.ndarray) -> Estimate:
     """Returns Σ values / Σ size, the standard error of this ratio, and the interval's ends.
 
@@ -127,8 +170,10 @@ def named(name: str, estimate: Estimate) -> dict[str, float]:
 
 
 def format_rows(rows: Sequence[BenchmarkRow]) -> str:
-    """Returns the rows as a table in plain text; rows of older files have no log p of answers."""
+    """Returns the rows as a table in plain text; rows of older files lack some columns."""
     columns = COLUMNS
+    if any(CHANGE in row for row in rows):
+        columns += (CHANGE_COLUMN,)
     if any(ANSWER in row for row in rows):
         columns += ANSWER_COLUMNS
     lines: list[Sequence[str]] = [columns]
@@ -138,11 +183,21 @@ def format_rows(rows: Sequence[BenchmarkRow]) -> str:
             "value": f"{row['value']:.2f}",
             "95 % interval": _interval(row["low"], row["high"], 2),
             "documents": f"{row['documents']:,}",
+            CHANGE_COLUMN: _signed(row),
             "log p of answer": f"{row[ANSWER]:.3f}" if ANSWER in row else "",
             "95 % interval, nats": _interval(low, high, 3),
         }
         lines.append([str(shown[column]) for column in columns])
     return "\n".join(aligned(lines, left=TEXT))
+
+
+def _signed(row: BenchmarkRow) -> str:
+    """Returns a row's difference from the decoder, with its interval; "" where it has none."""
+    value, low, high = (row.get(key) for key in CHANGE_FIELDS)
+    if value is None:
+        return ""
+    interval = "" if low is None or high is None else f" [{low:+.2f}, {high:+.2f}]"
+    return f"{value:+.2f}{interval}"
 
 
 def _interval(low: float | None, high: float | None, digits: int) -> str:
