@@ -33,10 +33,8 @@ OPTIONAL = {
     **dict.fromkeys(("checkpoint", "metric", "interval_over"), str),
     **dict.fromkeys(("mean", "sets", "works", "provenance"), dict),
     **dict.fromkeys(("step", "documents"), int),
-    **dict.fromkeys(
-        ("change_low", "change_high", "low", "high", "shots", "every", "delay", "step_seconds"),
-        NUMBER,
-    ),
+    **dict.fromkeys(("low", "high", "change", "change_low", "change_high"), NUMBER),
+    **dict.fromkeys(("shots", "every", "delay", "step_seconds"), NUMBER),
 }
 
 

@@ -5,7 +5,7 @@ import io
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-CHANGE, SCORE = "{:+.2f}%", "{:.2f}"
+CHANGE, SCORE, SCORE_CHANGE = "{:+.2f}%", "{:.2f}", "{:+.2f}"
 
 
 class Figure(NamedTuple):
@@ -63,6 +63,11 @@ def change(row: dict[str, Any]) -> Figure:
 def score(row: dict[str, Any], key: str = "") -> Figure:
     """Returns the score of a row of benchmarks.json."""
     return Figure(row["value"], SCORE, row.get("low"), row.get("high"), key)
+
+
+def score_change(row: dict[str, Any]) -> Figure:
+    """Returns how much a row of benchmarks.json differs from the decoder's row."""
+    return Figure(row["change"], SCORE_CHANGE, row.get("change_low"), row.get("change_high"))
 
 
 def markdown(table: Table) -> str:

@@ -15,7 +15,15 @@ from latent_delib.results.entries import (
 )
 from latent_delib.results.published import Variant
 from latent_delib.results.runs import BENCHMARKS, PERPLEXITY, Result, Runs
-from latent_delib.results.table_format import CHANGE, Figure, Row, Table, change, score
+from latent_delib.results.table_format import (
+    CHANGE,
+    Figure,
+    Row,
+    Table,
+    change,
+    score,
+    score_change,
+)
 
 AHEAD = (1, 2, 4, 8, 16, 32)  # n of Table 1
 BY_N = [f"n = {n}" for n in AHEAD]  # columns
@@ -47,6 +55,7 @@ def tables(runs: Runs) -> list[Table]:
     for each in COMPARISONS:
         made.append(_variants(each.name, each.title, each.lines, entries_in(each, every)))
     made.append(_perplexity("11_every_method", every_run, runs.perplexity, {}))
+    made.append(_score_changes(every))
     return made
 
 
@@ -219,6 +228,28 @@ def _variants(name: str, title: str, lines: Sequence[Variant], ours: Sequence[En
     columns = ["what", "latents", "from", "decoder, ppl n = 1", "ppl n = 1", "change"]
     columns += map(_title, benchmarks)
     return make_table(name, title, columns, rows, used)
+
+
+def _score_changes(every: Sequence[Entry]) -> Table:
+    """Makes a table of benchmarks: how each model differs from its decoder, question by question.
+
+    Files of older versions do not say it.
+    """
+    benchmarks: dict[str, None] = {}
+    rows: list[Row] = []
+    used: list[Result] = []
+    for entry, words in zip(every, labels(every)):
+        found: Row = {}
+        for benchmark, (scored, _) in entry.scores.items():
+            if "change" in scored:
+                found[_title(benchmark)] = score_change(scored)
+        if found:
+            benchmarks |= dict.fromkeys(found)
+            rows.append(first_cells(entry, words) | found)
+            used += entry.results
+    title = "Benchmarks: change against the decoder on the same questions, in the scores' unit"
+    columns = ["what", "latents", "from", *benchmarks]
+    return make_table("14_score_changes", title, columns, rows, used)
 
 
 def _title(benchmark: str) -> str:

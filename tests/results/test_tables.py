@@ -6,11 +6,13 @@ import re
 import pytest
 import small
 
+from latent_delib.errors import UserError
 from latent_delib.results import costs, published, runs, tables
 from tests.results.writers import (
     HOSTILE,
     OURS,
     ahead,
+    benchmarks,
     cells,
     config,
     perplexity,
@@ -102,6 +104,26 @@ def test_benchmarks_by_number_of_latents(by_name):
     assert mine[1] == setting and mine[3:] == [*scores, "", ""]
     score = "40.00 [38.00, 42.00] B1"
     assert rows[-1] == ["chain_sum", setting, "frozen decoder", score, *[""] * 5]
+
+
+def test_changes_of_scores(tmp_path):
+    """A change is lost, or stands under another benchmark, or a run without one has a line."""
+    benchmarks(tmp_path / "old", {("chain_sum", "augmented", 0): 12.0})
+    assert tables_of(tmp_path)["14_score_changes"] == [["no run of ours", "", ""]]
+    values = {("gsm8k", "decoder", 0): 10.0, ("gsm8k", "augmented", 0): 12.35}
+    benchmarks(
+        tmp_path / "new", values | {("chain_sum", "augmented", 0): 9.0}, config() | {"seed": 9}
+    )
+    path = tmp_path / "new" / "benchmarks.json"
+    data = json.loads(path.read_text())
+    data["rows"][1] |= {"change": 2.35, "change_low": 0.5, "change_high": 4.2}
+    path.write_text(json.dumps(data))
+    (row,) = tables_of(tmp_path)["14_score_changes"]
+    assert row[1:] == ["8", "B1", "+2.35 [+0.50, +4.20]"]
+    data["rows"][1]["change"] = "much"
+    path.write_text(json.dumps(data))
+    with pytest.raises(UserError, match="change='much'"):
+        tables_of(tmp_path)
 
 
 def test_the_table_of_pause_tokens(by_name):
