@@ -7,7 +7,7 @@ import contextlib
 import functools
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,21 +56,8 @@ def load_questions(path: str) -> Tasks:
       UserError: the file is missing or empty, or a line has another form or text that is not
         Unicode.
     """
-    asked = []
-    try:
-        lines = Path(path).read_bytes().splitlines()
-    except OSError as error:
-        raise UserError(f"--benchmarks=qa:{path}: {reason(error)}") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            question = questions.read(line, with_steps=False)
-        except ValueError as error:
-            raise UserError(f"{path}: line {number}: {error}") from None
-        asked.append(question)
-    if not asked:
-        raise UserError(f"{path}: holds no questions")
+    found = _read_lines(path, functools.partial(questions.read, with_steps=False), "questions")
+    asked = list(found.values())
     replies = [question.reply(bool(question.steps)) for question in asked]
     with _loading(path):
         rows = [question._asdict() for question in asked]
@@ -142,25 +129,36 @@ def _read_json_lines(path: Path) -> list[dict[str, Any]]:
       UserError: the file is missing or empty; a line is no JSON object, lacks a field that the
         first one has, or has a `gold` that is no index of its `choices`.
     """
+    rows = _read_lines(path, _read_object, "documents")
+    first = next(iter(rows.values()))
+    for number, row in rows.items():
+        missing = first.keys() - row.keys()
+        if missing:
+            has_no = f"has no {min(missing)!r}, which the first line has"
+            raise UserError(f"{path}: line {number}: {has_no}")
+    return list(rows.values())
+
+
+def _read_lines(path: str | Path, read: Callable[[bytes], Any], what: str) -> dict[int, Any]:
+    """Reads the lines of a file that are not blank; returns number of the line -> its content.
+
+    Raises:
+      UserError: the file is missing or has no such line; `read` raises ValueError for a line.
+    """
     try:
-        lines = path.read_bytes().splitlines()
+        lines = Path(path).read_bytes().splitlines()
     except OSError as error:
         raise UserError(f"{path}: {reason(error)}") from None
-    rows: list[dict[str, Any]] = []
+    found = {}
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = _read_object(line)
-            missing = rows[0].keys() - row.keys() if rows else ()
-            if missing:
-                raise ValueError(f"has no {min(missing)!r}, which the first line has")
-        except ValueError as error:
-            raise UserError(f"{path}: line {number}: {error}") from None
-        rows.append(row)
-    if not rows:
-        raise UserError(f"{path}: holds no documents")
-    return rows
+        if line.strip():
+            try:
+                found[number] = read(line)
+            except ValueError as error:
+                raise UserError(f"{path}: line {number}: {error}") from None
+    if not found:
+        raise UserError(f"{path}: holds no {what}")
+    return found
 
 
 def _read_object(line: bytes) -> dict[str, Any]:
